@@ -1,0 +1,87 @@
+"""`LoRALinearFunction`: what is saved for backward and which gradients are asked for. The work is
+done by the two operators of `ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_lora import ops
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K].
+
+    Saved for backward: x (only for dA or dW), the original W, A and B (parameters, never a cast
+    copy), S [M, r] and, with dropout, one bit per element of x. Nothing of size M x N.
+    Only the gradients that are needed are computed. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        scaling_tensor: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        y, S, mask = ops.forward(
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            scaling,
+            scaling_tensor,
+            dropout_p,
+            seed,
+            backend,
+            True,
+        )
+        needs_weight, needs_A, needs_B = ctx.needs_input_grad[1:4]
+        ctx.save_for_backward(
+            x if needs_weight or needs_A else None,
+            weight,
+            lora_A,
+            lora_B,
+            S if needs_B else None,
+            mask if dropout_p > 0.0 else None,
+            scaling_tensor,
+        )
+        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, lora_A, lora_B, S, mask, scaling_tensor = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:5])
+        computed = ops.backward(
+            dy,
+            x,
+            weight,
+            lora_A,
+            lora_B,
+            S,
+            mask,
+            ctx.scaling,
+            scaling_tensor,
+            ctx.dropout_p,
+            needs,
+            ctx.backend,
+        )
+        remaining = iter(computed)
+        grads = [next(remaining) if needed else None for needed in needs]
+        if grads[4] is not None:
+            grads[4] = grads[4].to(ctx.bias_dtype)
+        return *grads, None, None, None, None, None

@@ -1,0 +1,79 @@
+"""`explain`: which path a layer takes, in how many launches, with which configuration, and why."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora import ops
+from fused_lora.linear import FusedLoRALinear
+
+DEFAULT_TOKENS = 4096
+
+
+def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
+    """One line per FusedLoRALinear and direction: backend, path, launches, configuration, reason.
+
+    x [..., in_features] gives the number of tokens, dtype and device that the lines speak of;
+    without it, 4096 tokens in the weight's dtype on its device. Nothing is run.
+    Raises ValueError if there is no FusedLoRALinear in the model.
+    """
+    layers = [
+        (name, module)
+        for name, module in model_or_layer.named_modules()
+        if isinstance(module, FusedLoRALinear)
+    ]
+    if not layers:
+        raise ValueError(
+            f"{type(model_or_layer).__name__} holds no FusedLoRALinear: there is nothing to explain"
+        )
+    return "\n".join(_explain_layer(name, layer, x) for name, layer in layers)
+
+
+def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
+    tokens = DEFAULT_TOKENS if x is None else x.numel() // max(1, x.shape[-1])
+    dtype = layer.weight.dtype if x is None else x.dtype
+    device = layer.weight.device if x is None else x.device
+    title = (
+        f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, r={layer.r}, "
+        f"{str(dtype).removeprefix('torch.')} on {device}"
+    )
+    if layer.merged:
+        return f"{title}\n  merged: one library product, nothing to fuse"
+    if device.type == "meta":
+        return f"{title}\n  on the meta device: nothing runs"
+    # one row is enough to ask about: only sizes, strides and the dtype matter
+    rows = torch.empty((1, layer.in_features), dtype=dtype, device=device).expand(tokens, -1)
+    backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
+    if backend == "aten":
+        why = "asked for" if layer.backend == "aten" else _why_aten(rows)
+        return f"{title}\n  aten, 3 library products forward ({why})"
+    lines = [title]
+    drawn = layer.lora_dropout > 0.0 and layer.training
+    K, N = layer.in_features, layer.out_features
+    addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
+    for direction, outputs, inputs, masked in (("forward", N, K, False), ("dX", K, N, drawn)):
+        plan = ops.triton_backend.plan_product(
+            device,
+            dtype,
+            tokens,
+            outputs,
+            inputs,
+            layer.r,
+            drawn=drawn and not masked,
+            masked=masked,
+            addressable=addressable,
+        )
+        lines.append(f"  {direction}: {_describe(plan)}")
+    return "\n".join(lines)
+
+
+def _why_aten(rows: Tensor) -> str:
+    return ops.why_not_triton(rows) or "auto: the faster one here by the tables, or unmeasured"
+
+
+def _describe(plan) -> str:
+    tiles = ", ".join(f"{k}={v}" for k, v in vars(plan.decode or plan.matmul).items())
+    shrink = f", shrink on {plan.shrink_programs} SMs" if plan.shrink else ""
+    plural = "launch" if plan.launches == 1 else "launches"
+    return f"triton {plan.path}, {plan.launches} {plural}{shrink} ({plan.reason}); {tiles}"

@@ -1,0 +1,190 @@
+"""`lora_linear`: checks its arguments, applies autocast, flattens leading dimensions, and hands on
+to the operators. Everything a user can get wrong is refused here, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fused_lora import dropout, ops
+from fused_lora.autograd import LoRALinearFunction
+
+BACKENDS = ("auto", "triton", "aten")
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """LoRA linear layer: `x W^T + bias + scaling * (D(x) A^T) B^T` (Hu et al. 2022, equation 3).
+
+    Args:
+        x: [..., K], K = in_features; fp32, fp16, bf16 or fp64 (fp64 runs on aten).
+        weight: [N, K], N = out_features, in x's dtype; usually frozen, differentiable all the same.
+        lora_A: [r, K]; lora_B: [N, r]. Any floating dtype: fp32 adapters on a bf16 base are
+            computed in bf16 with fp32 accumulation and get fp32 gradients.
+        bias: [N] or None.
+        scaling: lora_alpha / r, a float or a 0-dim tensor (a tensor is never read on the host).
+        dropout_p: drop probability of the adapter's input, in [0, 1). The base product sees x.
+        seed: 0-dim int64 tensor on x's device that fixes the dropout mask; None draws one from
+            torch's generator.
+        backend: "triton" (the fused kernels; raises where they cannot run), "aten" (three library
+            matrix products), "auto" (the faster of the two by the tables of fused_lora.kernels).
+
+    Returns:
+        [..., N] in x's dtype; under autocast in the autocast dtype, as nn.Linear returns.
+
+    Raises:
+        TypeError: a tensor is not floating, dtypes differ, a DTensor is given.
+        ValueError: shapes or devices do not fit, dropout_p or backend is out of range.
+        RuntimeError: backend="triton" cannot run here; the message says why.
+    """
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type):
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return _lora_linear(
+                x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend, autocast=True
+            )
+    return _lora_linear(
+        x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend, autocast=False
+    )
+
+
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float | Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    *,
+    autocast: bool,
+) -> Tensor:
+    _check_tensors(x, weight, lora_A, lora_B, bias, autocast)
+    _check_options(x, scaling, dropout_p, seed, backend)
+    if backend == "triton":
+        ops.require_triton(x)
+    scaling_tensor = None
+    if isinstance(scaling, Tensor):
+        scaling, scaling_tensor = 1.0, scaling.to(x.device, torch.float32)
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout.draw_seed(x.device)
+    if dropout_p == 0.0:
+        seed = None
+
+    leading = x.shape[:-1]
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
+    options = (scaling, scaling_tensor, dropout_p, seed, backend)
+    wants_grad = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    if wants_grad:
+        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, *options)
+    else:
+        y = ops.forward(rows, weight, lora_A, lora_B, bias, *options, False)[0]
+    return y if x.dim() == 2 else y.view(*leading, weight.shape[0])
+
+
+def _check_tensors(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast: bool
+) -> None:
+    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor, expected a plain tensor: a kernel sees one device's memory; "
+                "pass local tensors (to_local()) and reduce the gradients of the replicated factor"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, expected a floating dtype: cast it, for example "
+                f"{name}.to(torch.bfloat16)"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, x is on {x.device}: move them to one device"
+            )
+    if x.dim() == 0:
+        raise ValueError("x has no dimension, expected [..., in_features]: got shape ()")
+    if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
+        raise ValueError(
+            "weight, lora_A and lora_B must be matrices [out, in], [r, in], [out, r]: got "
+            f"{_shape(weight)}, {_shape(lora_A)}, {_shape(lora_B)}"
+        )
+    N, K = weight.shape
+    r = lora_A.shape[0]
+    if x.shape[-1] != K:
+        raise ValueError(
+            f"x has {x.shape[-1]} features, weight expects in_features {K}: got x {_shape(x)} and "
+            f"weight {_shape(weight)}"
+        )
+    if lora_A.shape[1] != K:
+        raise ValueError(
+            f"lora_A has in_features {lora_A.shape[1]}, weight expects {K}: got lora_A "
+            f"{_shape(lora_A)} and weight {_shape(weight)}"
+        )
+    if lora_B.shape[0] != N:
+        raise ValueError(
+            f"lora_B has out_features {lora_B.shape[0]}, weight expects {N}: got lora_B "
+            f"{_shape(lora_B)} and weight {_shape(weight)}"
+        )
+    if lora_B.shape[1] != r:
+        raise ValueError(
+            f"lora_A has rank {r}, lora_B has rank {lora_B.shape[1]}: got lora_A {_shape(lora_A)} "
+            f"and lora_B {_shape(lora_B)}; expected [r, in] and [out, r]"
+        )
+    if r < 1:
+        raise ValueError(f"the rank must be at least 1: got lora_A {_shape(lora_A)}")
+    if bias is not None and bias.shape != (N,):
+        raise ValueError(f"bias must have shape ({N},), weight's out_features: got {_shape(bias)}")
+    if not autocast:
+        for name in ("weight", "bias"):
+            if name in named and named[name].dtype != x.dtype:
+                raise TypeError(
+                    f"{name} is {named[name].dtype}, x is {x.dtype}, expected one dtype: cast x, "
+                    "or run under torch.autocast"
+                )
+
+
+def _check_options(
+    x: Tensor, scaling: float | Tensor, dropout_p: float, seed: Tensor | None, backend: str
+) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0:
+            raise ValueError(f"scaling must be a number or a 0-dim tensor: got {_shape(scaling)}")
+        if scaling.requires_grad:
+            raise ValueError("scaling requires grad, which is not supported: pass scaling.detach()")
+    if seed is not None and (
+        seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device
+    ):
+        raise ValueError(
+            f"seed must be a 0-dim int64 tensor on {x.device}: got {_shape(seed)} {seed.dtype} on "
+            f"{seed.device}"
+        )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

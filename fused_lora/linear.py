@@ -1,0 +1,398 @@
+"""`FusedLoRALinear`: a linear layer with a frozen base weight and a trainable low-rank update."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fused_lora.functional import BACKENDS, lora_linear
+
+InitLoRA = bool | Literal["kaiming", "gaussian"]
+_ADAPTER_KEYS = ("lora_A", "lora_B")
+
+
+class FusedLoRALinear(nn.Module):
+    """`y = x W^T + bias + scaling * (dropout(x) A^T) B^T` (Hu et al. 2022), computed fused.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        r: rank, at least 1.
+        lora_alpha: scaling = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora`
+            (Kalajdzievski 2023).
+        lora_dropout: drop probability of the adapter's input in training mode, in [0, 1).
+        init_lora_weights: True or "kaiming" (PEFT's default: A Kaiming-uniform, B zero), "gaussian"
+            (A normal with std 1/r, B zero; the paper's), False (A and B Kaiming-uniform: the layer
+            differs from its base at once; for tests).
+        adapter_dtype: dtype of lora_A and lora_B, the base's by default. fp32 adapters on a bf16
+            base get fp32 gradients.
+        backend: "auto", "triton" or "aten", see `fused_lora.lora_linear`.
+
+    Parameters: weight [out, in] and bias [out] (frozen), lora_A [r, in], lora_B [out, r]. A base
+    checkpoint of an nn.Linear loads with strict=True and leaves the adapters as they are.
+
+    Not a subclass of nn.Linear: code that looks for nn.Linear would re-initialise, quantise, shard
+    or read `.weight` of it without the adapter.
+
+    Raises ValueError for r < 1, lora_dropout outside [0, 1), an unknown init or backend.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: InitLoRA = True,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        bias_tensor = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        super().__init__()
+        self._setup(
+            nn.Parameter(weight, requires_grad=False),
+            None if bias_tensor is None else nn.Parameter(bias_tensor, requires_grad=False),
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: InitLoRA = True,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> FusedLoRALinear:
+        """A layer around the weight and bias of `linear`: shared, not copied, and frozen from now
+        on (`requires_grad` is turned off on the very Parameters). Raises TypeError if `linear` is
+        not exactly an nn.Linear with a plain floating weight."""
+        if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+            raise TypeError(
+                f"from_linear takes an nn.Linear with a floating weight: got "
+                f"{type(linear).__name__} with {linear.weight.dtype}"
+                if hasattr(linear, "weight")
+                else f"from_linear takes an nn.Linear: got {type(linear).__name__}"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._setup(
+            linear.weight,
+            linear.bias,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        linear.weight.requires_grad_(False)
+        if linear.bias is not None:
+            linear.bias.requires_grad_(False)
+        layer.reset_lora_parameters()
+        return layer.train(linear.training)
+
+    def _setup(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init_lora_weights: InitLoRA,
+        adapter_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+            raise ValueError(f"r must be an integer of at least 1: got {r!r}")
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+        if not (
+            isinstance(init_lora_weights, bool) or init_lora_weights in ("kaiming", "gaussian")
+        ):
+            raise ValueError(
+                "init_lora_weights must be True, False, 'kaiming' or 'gaussian': got "
+                f"{init_lora_weights!r}"
+            )
+        self.out_features, self.in_features = weight.shape
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
+        self.backend = backend
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        adapter = {"device": weight.device, "dtype": adapter_dtype or weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **adapter))
+        self._adapters_ready = False
+        self._merged = False
+        self._base: Tensor | None = None
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def merged(self) -> bool:
+        """Whether `weight` currently holds W0 + scaling * B A."""
+        return self._merged
+
+    def reset_parameters(self) -> None:
+        """Initialise the base as nn.Linear does, and the adapters."""
+        if self._merged:
+            raise RuntimeError("the layer is merged: call unmerge() before reset_parameters()")
+        with torch.no_grad():
+            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            if self.bias is not None:
+                bound = 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
+                nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self) -> None:
+        """Initialise lora_A and lora_B as `init_lora_weights` says."""
+        if self._merged:
+            raise RuntimeError("the layer is merged: call unmerge() before reset_lora_parameters()")
+        with torch.no_grad():
+            if self.init_lora_weights == "gaussian":
+                nn.init.normal_(self.lora_A, std=1.0 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if self.init_lora_weights is False:
+                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(self.lora_B)
+        self._adapters_ready = not self.lora_A.is_meta
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        if not self._adapters_ready:
+            raise RuntimeError(
+                "lora_A and lora_B are not initialised (the layer was built on the meta device or "
+                "emptied): call reset_lora_parameters() or load a state_dict with both of them"
+            )
+        if self._merged:
+            weight = self.weight
+            if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
+                weight = _MergedWeight.apply(weight, self.lora_A, self.lora_B)
+            return F.linear(x, weight, self.bias)
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A, [out_features, in_features], in fp32 (fp64 for fp64 adapters)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.no_grad():
+            return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
+
+    def merge(self, keep_base: bool | Literal["cpu"] = True) -> FusedLoRALinear:
+        """Put W0 + scaling * B A, summed in fp32 and rounded once, in place of `weight`.
+
+        W0's storage is never written to: tied weights and the layer it came from stay as they are.
+        keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU, False lets it go.
+        Raises RuntimeError if already merged or if the adapters are not initialised.
+        """
+        if self._merged:
+            raise RuntimeError("the layer is merged already: call unmerge() before merging again")
+        if not self._adapters_ready:
+            raise RuntimeError("lora_A and lora_B are not initialised: there is nothing to merge")
+        if keep_base not in (True, False, "cpu"):
+            raise ValueError(f"keep_base must be True, False or 'cpu': got {keep_base!r}")
+        base = self.weight
+        kept: Tensor | None = None
+        if keep_base == "cpu":
+            kept = base.detach().to("cpu", copy=True)
+        elif keep_base:
+            kept = base
+        self.weight = nn.Parameter(self._merged_weight(), requires_grad=base.requires_grad)
+        self._base, self._merged = kept, True
+        return self
+
+    def unmerge(self) -> FusedLoRALinear:
+        """Put the base weight back, bit for bit (the very Parameter, if it was kept and the layer
+        has not moved since); returns self. Raises RuntimeError if not merged or not kept."""
+        if not self._merged:
+            raise RuntimeError("the layer is not merged: there is nothing to unmerge")
+        if self._base is None:
+            raise RuntimeError(
+                "the base weight was let go by merge(keep_base=False): load a base checkpoint, or "
+                "merge with keep_base=True"
+            )
+        base = self._base
+        moved = base.to(self.weight.device, self.weight.dtype)
+        if moved is not base or not isinstance(base, nn.Parameter):
+            base = nn.Parameter(moved, requires_grad=self.weight.requires_grad)
+        self.weight = base
+        self._base, self._merged = None, False
+        return self
+
+    def to_linear(self) -> nn.Linear:
+        """A new nn.Linear with the merged weight and a copy of the bias; self is left as it is."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device="meta",
+            dtype=self.weight.dtype,
+        )
+        weight = self.weight.detach().clone() if self._merged else self._merged_weight()
+        linear.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear.train(self.training)
+
+    def _merged_weight(self) -> Tensor:
+        delta = self.delta_weight()
+        with torch.no_grad():
+            exact = torch.promote_types(self.weight.dtype, delta.dtype)
+            return delta.to(exact).add_(self.weight).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"scaling={self.scaling:g}"
+        )
+        if self.lora_dropout > 0.0:
+            text += f", lora_dropout={self.lora_dropout}"
+        if self.lora_A.dtype != self.weight.dtype:
+            text += f", adapter_dtype={self.lora_A.dtype}"
+        return text + f", backend={self.backend}" + (", merged" if self._merged else "")
+
+    # --- state: what moves, what is saved, what loads
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedLoRALinear:
+        was_meta = self.lora_A.is_meta
+        super()._apply(fn, recurse)
+        emptied = "to_empty" in getattr(fn, "__qualname__", "")
+        if emptied or (was_meta and not self.lora_A.is_meta):
+            self._adapters_ready = False
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merged:
+            destination[prefix + "lora_merged"] = torch.tensor(True)
+            if self._base is not None:
+                base = self._base
+                destination[prefix + "lora_base_weight"] = base if keep_vars else base.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        present = [key for key in _ADAPTER_KEYS if prefix + key in state_dict]
+        if len(present) == 1:
+            absent = next(key for key in _ADAPTER_KEYS if key not in present)
+            error_msgs.append(
+                f"{prefix}{present[0]} is in the state_dict, {prefix}{absent} is not: an adapter "
+                "has both; give both, or neither to keep the adapter as it is"
+            )
+            return
+        state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        merged = bool(state.pop(prefix + "lora_merged", False))
+        base = state.pop(prefix + "lora_base_weight", None)
+        merged_weight = state.get(prefix + "weight") if merged else None
+        if merged and not present:
+            error_msgs.append(f"{prefix}lora_merged is in the state_dict, its adapters are not")
+            return
+        if merged_weight is not None:
+            if merged_weight.shape != (self.out_features, self.in_features):
+                error_msgs.append(
+                    f"size mismatch for {prefix}weight: got {tuple(merged_weight.shape)}, expected "
+                    f"{(self.out_features, self.in_features)}"
+                )
+                return
+            state[prefix + "weight"] = base if base is not None else merged_weight
+        if self._merged:
+            # what is loaded below belongs into a base weight, never into the merged one
+            if self._base is not None:
+                self.unmerge()
+            else:
+                self.weight = nn.Parameter(
+                    self.weight.detach().clone(), requires_grad=self.weight.requires_grad
+                )
+                self._merged = False
+        before = len(error_msgs)
+        super()._load_from_state_dict(
+            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if not present:
+            for key in _ADAPTER_KEYS:
+                missing_keys.remove(prefix + key) if prefix + key in missing_keys else None
+        for key in ("lora_merged", "lora_base_weight"):
+            if prefix + key in unexpected_keys:
+                unexpected_keys.remove(prefix + key)
+        if len(error_msgs) > before:
+            return
+        if present:
+            self._adapters_ready = not self.lora_A.is_meta
+        if merged_weight is not None:
+            self._base = self.weight if base is not None else None
+            self.weight = nn.Parameter(
+                merged_weight.detach().to(self.weight.device, self.weight.dtype, copy=True),
+                requires_grad=self.weight.requires_grad,
+            )
+            self._merged = True
+
+
+class _MergedWeight(torch.autograd.Function):
+    """The merged weight, refusing gradients to the adapters it no longer depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            "backward through a merged FusedLoRALinear wants gradients of lora_A and lora_B, which "
+            "the merged weight does not have: call unmerge() to train, or freeze the adapters "
+            "(requires_grad_(False)) to differentiate the merged layer"
+        )

@@ -1,0 +1,191 @@
+"""The operators `fused_lora::forward` and `fused_lora::backward`: one per direction, opaque to the
+compiler, visible to checkpointing policies. Each call goes to one of two backends, which allocate
+and compute: `triton_backend` (the fused kernels) or `aten_backend` (library matrix products).
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from fused_lora import aten_backend, dropout
+from fused_lora.scale import Scale, padded_rank
+
+try:
+    from fused_lora import triton_backend
+except ImportError as error:  # no triton on this platform: aten only
+    triton_backend = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+
+def why_not_triton(x: Tensor) -> str | None:
+    """Why the kernels cannot run on a tensor like `x`, and what to do; None if they can."""
+    if triton_backend is None:
+        return (
+            f"triton cannot be imported ({_import_error}): install it (`pip install triton`, Linux "
+            "only), or use backend='aten'"
+        )
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take fp32, fp16 and bf16, x is {x.dtype}: use backend='aten'"
+    if x.device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+            return "the kernels need compute capability 8.0 or newer: use backend='aten'"
+        return None
+    if x.device.type == "cpu" and triton_backend.INTERPRETING:
+        return None
+    return (
+        f"x is on {x.device}, the kernels run on a GPU: move the layer there, or use "
+        "backend='aten' (for tests, TRITON_INTERPRET=1 set before the first import runs the "
+        "kernels on a CPU)"
+    )
+
+
+def require_triton(x: Tensor) -> None:
+    """Raise RuntimeError, with the reason, where the kernels cannot run on `x`."""
+    reason = why_not_triton(x)
+    if reason is not None:
+        raise RuntimeError(f"backend='triton' cannot run: {reason}")
+
+
+def resolve(backend: str, x: Tensor, N: int, r: int) -> str:
+    """ "triton" or "aten" for x [M, K], N outputs and rank r; "auto" asks the tables."""
+    if backend != "auto":
+        return backend
+    if not x.is_cuda or why_not_triton(x) is not None:
+        return "aten"
+    return triton_backend.choose_backend(x, N, r)
+
+
+_library = torch.library.Library("fused_lora", "DEF")
+_library.define(
+    "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
+    "Tensor? scaling_tensor, float dropout_p, Tensor? seed, str backend, bool for_backward) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? S, "
+    "Tensor? mask, float scaling, Tensor? scaling_tensor, float dropout_p, bool[5] needs, "
+    "str backend) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+forward = torch.ops.fused_lora.forward.default
+backward = torch.ops.fused_lora.backward.default
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [M, N], S [M, padded r], packed mask [M, ceil(K / 8)]). S and the mask are empty unless
+    `for_backward`; the mask is empty without dropout."""
+    backend_module = _backend(backend, x, weight.shape[0], weight, lora_A)
+    scale = Scale(scaling, scaling_tensor)
+    with _on_device_of(x):
+        y, S, mask = backend_module.forward(
+            x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, for_backward
+        )
+    if not for_backward or S is None:
+        S = x.new_empty((0, 0))
+    if not for_backward or mask is None:
+        mask = x.new_empty((0, 0), dtype=torch.uint8)
+    return y, S, mask
+
+
+def _forward_fake(
+    x, weight, lora_A, lora_B, bias, scaling, scaling_tensor, dropout_p, seed, backend, for_backward
+):
+    M, K = x.shape
+    S_shape = (M, padded_rank(lora_A.shape[0])) if for_backward else (0, 0)
+    mask_shape = (0, 0)
+    if for_backward and dropout_p > 0.0:
+        mask_shape = (M, dropout.packed_columns(K))
+    return (
+        x.new_empty((M, weight.shape[0])),
+        x.new_empty(S_shape),
+        x.new_empty(mask_shape, dtype=torch.uint8),
+    )
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Of [dx, dweight, dlora_A, dlora_B, dbias] those that `needs` asks for, in this order."""
+    needs_x, needs_weight, needs_A, needs_B, needs_bias = needs
+    backend_module = _backend(backend, dy, weight.shape[1], weight, lora_A)
+    scale = Scale(scaling, scaling_tensor)
+    with _on_device_of(dy):
+        dx, dA, dB = backend_module.backward(
+            dy, x, weight, lora_A, lora_B, S, mask, scale, dropout_p, needs_x, needs_A, needs_B
+        )
+        # full fine-tuning of the base is LoRA's limit case: right, not special
+        dweight = (dy.t() @ x).to(weight.dtype) if needs_weight else None
+        dbias = dy.sum(0) if needs_bias else None
+    return [grad for grad in (dx, dweight, dA, dB, dbias) if grad is not None]
+
+
+def _backward_fake(
+    dy,
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    S,
+    mask,
+    scaling,
+    scaling_tensor,
+    dropout_p,
+    needs,
+    backend,
+):
+    N, K = weight.shape
+    shapes = ((dy.shape[0], K), (N, K), lora_A.shape, lora_B.shape, (N,))
+    dtypes = (dy.dtype, weight.dtype, lora_A.dtype, lora_B.dtype, dy.dtype)
+    return [
+        dy.new_empty(shape, dtype=dtype)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+        if needed
+    ]
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("forward", _forward, _key)
+    _library.impl("backward", _backward, _key)
+torch.library.register_fake("fused_lora::forward", _forward_fake, lib=_library)
+torch.library.register_fake("fused_lora::backward", _backward_fake, lib=_library)
+
+
+def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be x's."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return contextlib.nullcontext()
+
+
+def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor):
+    """The module that computes this call. Empty products have nothing to launch: aten."""
+    if x.numel() > 0 and weight.numel() > 0 and resolve(backend, x, N, lora_A.shape[0]) == "triton":
+        return triton_backend
+    return aten_backend

@@ -1,0 +1,339 @@
+"""Which kernels run for a shape, and with which tiles: pure functions of the device and the sizes.
+
+A table measured on the very GPU (`tuned/<gpu>.json`, per Triton minor version) answers first; else
+an analytic choice among the configurations of `tuned/default.json`, which are compiled and checked
+for spills on every architecture by the tests. An unknown GPU gets a default, never an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+TUNED = Path(__file__).parent / "tuned"
+
+# How forward and dX are computed. "auto" lets `choose_path` decide; any other name forces that path
+# wherever it can run, until measurements have settled which one each regime keeps.
+PATHS = ("pdl", "serial", "portable", "single", "decode")
+PATH = os.environ.get("FUSED_LORA_PATH", "auto")
+
+MAX_DECODE_TOKENS = 64
+MAX_SINGLE_RANK = 64
+MAX_DECODE_RANK = 64
+MIN_RANK_BLOCK = 16  # the narrowest operand a tensor core instruction takes
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice depends on. capability is 10 * major + minor, 0 for the interpreter."""
+
+    name: str
+    backend: str  # "cuda", "hip" or "interpreter"
+    capability: int
+    sm_count: int
+
+
+INTERPRETER = Device("interpreter", "interpreter", 0, 4)
+
+
+def _power_of_2(n: int) -> int:
+    return max(MIN_RANK_BLOCK, 1 << max(0, n - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Shrink:
+    BLOCK_M: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+    def block_r(self, columns: int) -> int:
+        return min(128, _power_of_2(columns))
+
+
+@dataclass(frozen=True)
+class Matmul:
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int
+    num_warps: int
+    num_stages: int
+    STORE_PARTS: int = 1  # descriptor kernel: y leaves in this many column parts
+
+    def block_r(self, r: int, single: bool) -> int:
+        return _power_of_2(r) if single else min(64, _power_of_2(r))
+
+
+@dataclass(frozen=True)
+class RankGrad:
+    BLOCK_M: int
+    BLOCK_C: int
+    num_warps: int
+    num_stages: int
+
+    def block_r(self, r: int) -> int:
+        return min(128, _power_of_2(r))
+
+
+@dataclass(frozen=True)
+class Decode:
+    BLOCK_N: int
+    BLOCK_K: int
+    SPLITS: int
+    num_warps: int
+    num_stages: int
+    MIN_BLOCK_R: int = MIN_RANK_BLOCK  # 64 on Hopper, where the left operand has 64 rows at least
+
+    def block_m(self, M: int) -> int:
+        return _power_of_2(M)
+
+    def block_r(self, r: int) -> int:
+        return max(self.MIN_BLOCK_R, _power_of_2(r))
+
+
+KINDS = {
+    "shrink": Shrink,
+    "matmul": Matmul,
+    "matmul_descriptor": Matmul,
+    "matmul_single": Matmul,
+    "rank_grad": RankGrad,
+    "decode": Decode,
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one product Y = X W + S B runs: a path of PATHS, its configurations, and why."""
+
+    path: str
+    reason: str
+    matmul: Matmul | None = None
+    shrink: Shrink | None = None
+    shrink_programs: int = 0
+    decode: Decode | None = None
+
+    @property
+    def launches(self) -> int:
+        return 1 if self.path in ("single", "decode") else 2
+
+
+@functools.cache
+def device_of(index: int | None) -> Device:
+    """The Device of a CUDA (or HIP) device index; None is the interpreter."""
+    if index is None:
+        return INTERPRETER
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    backend = "hip" if torch.version.hip else "cuda"
+    return Device(
+        properties.name,
+        backend,
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+    )
+
+
+def target_of(device: Device) -> str:
+    """The architecture whose defaults serve this device: its own or the next lower one."""
+    if device.backend != "cuda":
+        return {"hip": "gfx942", "interpreter": "interpreter"}[device.backend]
+    known = [int(name[3:]) for name in defaults() if name.startswith("sm_")]
+    return f"sm_{max((c for c in known if c <= device.capability), default=min(known))}"
+
+
+def has_descriptors(device: Device) -> bool:
+    """Whether the descriptor matmul is the one to use: tensor memory accelerator and wgmma/tcgen05.
+    Consumer Blackwell (sm_120) has neither of the latter and takes the portable kernel."""
+    return device.backend == "cuda" and 90 <= device.capability < 120
+
+
+@functools.cache
+def defaults() -> dict[str, dict[str, dict[str, list[Any]]]]:
+    """{target: {"16" or "32" (bits of the dtype): {op: [configuration, ...]}}}."""
+    table = json.loads((TUNED / "default.json").read_text())["targets"]
+    return {
+        target: {
+            bits: {op: [KINDS[op](**entry) for entry in entries] for op, entries in ops.items()}
+            for bits, ops in by_bits.items()
+        }
+        for target, by_bits in table.items()
+    }
+
+
+@functools.cache
+def tuned(gpu: str, triton_minor: str) -> dict[tuple, Any]:
+    """Measured entries of this GPU for this Triton: {(op, bits, M bucket, N, K, r): config}."""
+    path = TUNED / f"{file_name(gpu)}.json"
+    if not path.exists():
+        return {}
+    table = json.loads(path.read_text())
+    if table.get("triton") != triton_minor:
+        return {}
+    entries = {}
+    for entry in table["entries"]:
+        key = (entry["op"], entry["bits"], entry["M"], entry["N"], entry["K"], entry["r"])
+        kind = KINDS.get(entry["op"])
+        entries[key] = kind(**entry["config"]) if kind else entry["choice"]
+    return entries
+
+
+def file_name(gpu: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in gpu.lower())
+
+
+def bucket(M: int) -> int:
+    """Token counts are tuned by power of two: the next one at or above M."""
+    return 1 << max(0, M - 1).bit_length()
+
+
+@functools.cache
+def triton_minor() -> str:
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def select(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -> Any:
+    """The configuration of kernel `op` for these sizes: tuned if measured, else the default that
+    the analytic rule prefers."""
+    found = tuned(device.name, triton_minor()).get((op, bits, bucket(M), N, K, r))
+    if found is not None:
+        return found
+    candidates = defaults()[target_of(device)]["16" if bits == 16 else "32"][op]
+    if op.startswith("matmul"):
+        return min(candidates, key=lambda c: _waves_cost(c, device, M, N))
+    if op == "decode":
+        return min(candidates, key=lambda c: abs(_decode_programs(c, N) - device.sm_count))
+    return candidates[0]
+
+
+def _waves_cost(config: Matmul, device: Device, M: int, N: int) -> float:
+    """Relative time of a matmul in tiles: full waves times the area of a tile. A smaller tile feeds
+    the tensor cores less well; 10 % a halving, from the published persistent kernels."""
+    tiles = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
+    area = config.BLOCK_M * config.BLOCK_N
+    penalty = 1.0 + 0.1 * max(0, (128 * 256 // area).bit_length() - 1)
+    return _cdiv(tiles, device.sm_count) * area * penalty
+
+
+def _decode_programs(config: Decode, N: int) -> int:
+    return _cdiv(N, config.BLOCK_N) * config.SPLITS
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def choose_product(
+    device: Device,
+    bits: int,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    *,
+    dropout: bool,
+    masked_output: bool,
+    describable: bool,
+) -> Product:
+    """How Y [M, N] = X [M, K] W + S B runs.
+
+    bits: 16 or 32, of the dtype. dropout: a mask is drawn on X before the adapter (forward).
+    masked_output: the adapter term is masked (dX of dropout). describable: x, w and y can be
+    addressed by tensor descriptors.
+    """
+    can = {
+        "decode": M <= MAX_DECODE_TOKENS and r <= MAX_DECODE_RANK,
+        "single": r <= MAX_SINGLE_RANK,
+        "portable": True,
+        "serial": describable and bits == 16 and has_descriptors(device) and not masked_output,
+    }
+    can["pdl"] = can["serial"]
+    if dropout or masked_output:
+        can["decode"] = can["single"] = False
+    path, reason = _path(device, bits, M, N, K, r, can)
+    if path == "decode":
+        return Product(path, reason, decode=select("decode", device, bits, M, N, K, r))
+    if path == "single":
+        return Product(path, reason, matmul=select("matmul_single", device, bits, M, N, K, r))
+    op = "matmul" if path == "portable" else "matmul_descriptor"
+    matmul = select(op, device, bits, M, N, K, r)
+    shrink = select("shrink", device, bits, M, N, K, r)
+    if path == "pdl":
+        programs = shrink_programs(device, matmul, shrink, M, N, K, r)
+    else:
+        programs = min(device.sm_count, _cdiv(M, shrink.BLOCK_M))
+    return Product(path, reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
+
+
+def _path(
+    device: Device, bits: int, M: int, N: int, K: int, r: int, can: dict[str, bool]
+) -> tuple[str, str]:
+    if PATH != "auto":
+        if PATH not in PATHS:
+            raise ValueError(f"FUSED_LORA_PATH must be auto or one of {PATHS}: got {PATH!r}")
+        if can[PATH]:
+            return PATH, f"forced by FUSED_LORA_PATH={PATH}"
+    measured = tuned(device.name, triton_minor()).get(("path", bits, bucket(M), N, K, r))
+    if measured is not None and can[measured]:
+        return measured, "measured on this GPU"
+    if can["decode"]:
+        return "decode", f"M = {M} <= {MAX_DECODE_TOKENS} tokens"
+    if can["pdl"]:
+        return "pdl", "descriptors, shrink hidden behind the matmul"
+    if can["single"] and r <= MIN_RANK_BLOCK:
+        return "single", f"r = {r} <= {MIN_RANK_BLOCK}: S is recomputed per tile"
+    return "portable", "pointer loads, S from shrink"
+
+
+def shrink_programs(
+    device: Device, matmul: Matmul, shrink: Shrink, M: int, N: int, K: int, r: int
+) -> int:
+    """How many SMs shrink gets in front of a persistent matmul launched behind it (PDL).
+
+    The matmul's last wave leaves (-tiles) mod SMs of them idle for one tile time: shrink is free
+    there if it ends within that time. Model: an SM streams 100 GB/s and a tile runs at the GPU's
+    650 TFLOP/s / 132; outside that window all SMs share the work.
+    """
+    tiles = _cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N)
+    blocks = _cdiv(M, shrink.BLOCK_M)
+    idle = -tiles % device.sm_count
+    if idle > 0 and tiles > device.sm_count:
+        tile_seconds = 2 * matmul.BLOCK_M * matmul.BLOCK_N * K / (650e12 / 132)
+        bytes_per_block = (shrink.BLOCK_M + _power_of_2(r)) * K * 2
+        shrink_seconds = _cdiv(blocks, idle) * bytes_per_block / 100e9
+        if shrink_seconds <= tile_seconds:
+            return min(idle, blocks)
+    return min(device.sm_count, blocks)
+
+
+def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad) -> int:
+    """How many programs share the M rows of one column tile: enough to fill the device twice, at
+    least two row blocks each."""
+    blocks = _cdiv(M, config.BLOCK_M)
+    wanted = _cdiv(2 * device.sm_count, max(1, column_tiles))
+    return max(1, min(wanted, _cdiv(blocks, 2)))
+
+
+def choose_backend(device: Device | None, bits: int, M: int, N: int, K: int, r: int) -> str:
+    """ "triton" or "aten" for backend="auto". device None: no GPU, or Triton cannot run.
+
+    Where nothing is measured: triton for 16-bit dtypes on Hopper and datacentre Blackwell, whose
+    kernel this library is built around; aten elsewhere, three library products.
+    """
+    if device is None or bits != 16:
+        return "aten"
+    measured = tuned(device.name, triton_minor()).get(("backend", bits, bucket(M), N, K, r))
+    if measured is not None:
+        return measured
+    return "triton" if has_descriptors(device) else "aten"
+
+
+def field_names(kind: type) -> list[str]:
+    return [field.name for field in fields(kind)]

@@ -1,0 +1,252 @@
+"""`matmul`: Y = X W + S B + bias in one pass over X and W, the adapter term riding in the same
+accumulator. Forward uses it for y (X = x), backward for dX (X = dY).
+
+The portable kernel loads by pointers and takes any stride and alignment. Its single-launch mode
+computes S beside the main product; its other mode is given S by `shrink`. The descriptor kernel,
+for Hopper and newer, is in `matmul_descriptor.py`.
+"""
+
+import triton
+import triton.language as tl
+from fused_lora.kernels import dropout
+from fused_lora.kernels.launch import cdiv, launch
+
+
+@triton.jit
+def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a tile: GROUP_M rows of tiles are walked column by column, so that the
+    tiles running together share x and W in the L2 cache."""
+    per_group = GROUP_M * tiles_n
+    first = (tile // per_group) * GROUP_M
+    rows = min(tiles_m - first, GROUP_M)
+    return first + (tile % per_group) % rows, (tile % per_group) // rows
+
+
+@triton.jit(do_not_specialize=["M"])
+def matmul_kernel(
+    x_ptr,
+    w_ptr,
+    a_ptr,
+    b_ptr,
+    s_ptr,
+    bias_ptr,
+    scaling_ptr,
+    mask_ptr,
+    y_ptr,
+    M,
+    N,
+    K,
+    r,
+    columns,
+    scale,
+    keep_scale,
+    stride_xm,
+    stride_wk,
+    stride_wn,
+    stride_ar,
+    stride_ak,
+    stride_br,
+    stride_bn,
+    stride_sm,
+    stride_mm,
+    stride_ym,
+    ADAPTER: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALING: tl.constexpr,
+    STORE_S: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """y[m, n] = sum_k x[m, k] w[k, n] + mask[m, n] sum_j S[m, j] b[j, n] + bias[n].
+
+    x [M, K], w [K, N], b [r, N], S [M, columns], y [M, N]. ADAPTER is "none", "given" (S is read)
+    or "single" (S = scale * x A^T is computed here, a [r, K], and the first tile column stores it).
+    mask (DROPOUT, "given" only) holds bits of y's shape; its kept entries are scaled by keep_scale.
+    """
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    inside_m = (offs_m < M)[:, None]
+    inside_n = (offs_n < N)[None, :]
+    x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    w_columns = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
+    b_columns = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
+    s_rows = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # [M, N]
+    if DROPOUT:  # the masked adapter term first, the main product on top: one accumulator
+        acc = _add_given(
+            acc,
+            s_rows,
+            b_columns,
+            inside_m,
+            inside_n,
+            r,
+            stride_br,
+            x_ptr,
+            INPUT_PRECISION,
+            BLOCK_R,
+        )
+        keep = dropout.load_keep(
+            mask_ptr, offs_m, M, pid_n * BLOCK_N, N, stride_mm, BLOCK_M, BLOCK_N
+        )
+        acc = tl.where(keep != 0, acc * keep_scale, 0.0)
+
+    side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # [M, r]
+    for k in tl.range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        if EVEN_K:
+            x = tl.load(x_rows + offs_k[None, :], mask=inside_m, other=0.0)
+            w = tl.load(
+                w_columns + offs_k.to(tl.int64)[:, None] * stride_wk, mask=inside_n, other=0.0
+            )
+        else:
+            inside_k = offs_k < K
+            x = tl.load(x_rows + offs_k[None, :], mask=inside_m & inside_k[None, :], other=0.0)
+            w = tl.load(
+                w_columns + offs_k.to(tl.int64)[:, None] * stride_wk,
+                mask=inside_k[:, None] & inside_n,
+                other=0.0,
+            )
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        if ADAPTER == "single":
+            a = tl.load(
+                a_ptr
+                + offs_r.to(tl.int64)[None, :] * stride_ar
+                + offs_k.to(tl.int64)[:, None] * stride_ak,
+                mask=(offs_r < r)[None, :] & (offs_k < K)[:, None],
+                other=0.0,
+            )
+            side = tl.dot(x, a.to(x.dtype), side, input_precision=INPUT_PRECISION)
+
+    if ADAPTER == "single":
+        if HAS_SCALING:
+            scale *= tl.load(scaling_ptr)
+        s = (side * scale).to(x_ptr.dtype.element_ty)
+        if STORE_S:
+            if pid_n == 0:
+                tl.store(s_rows + offs_r[None, :], s, mask=inside_m & (offs_r < columns)[None, :])
+        b = tl.load(
+            b_columns + offs_r.to(tl.int64)[:, None] * stride_br,
+            mask=(offs_r < r)[:, None] & inside_n,
+            other=0.0,
+        )
+        acc = tl.dot(s, b.to(s.dtype), acc, input_precision=INPUT_PRECISION)
+    elif ADAPTER == "given":
+        if not DROPOUT:
+            acc = _add_given(
+                acc,
+                s_rows,
+                b_columns,
+                inside_m,
+                inside_n,
+                r,
+                stride_br,
+                x_ptr,
+                INPUT_PRECISION,
+                BLOCK_R,
+            )
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=inside_m & inside_n,
+    )
+
+
+@triton.jit
+def _add_given(
+    acc,
+    s_rows,
+    b_columns,
+    inside_m,
+    inside_n,
+    r,
+    stride_br,
+    x_ptr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """acc + S b over all r, BLOCK_R ranks at a time."""
+    for j in tl.range(0, r, BLOCK_R, num_stages=1):
+        offs_r = j + tl.arange(0, BLOCK_R)
+        s = tl.load(s_rows + offs_r[None, :], mask=inside_m & (offs_r < r)[None, :], other=0.0)
+        b = tl.load(
+            b_columns + offs_r.to(tl.int64)[:, None] * stride_br,
+            mask=(offs_r < r)[:, None] & inside_n,
+            other=0.0,
+        )
+        acc = tl.dot(s, b.to(x_ptr.dtype.element_ty), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+def matmul(
+    x,
+    w,
+    y,
+    config,
+    *,
+    a=None,
+    b=None,
+    S=None,
+    bias=None,
+    scale=1.0,
+    scaling=None,
+    mask=None,
+    keep_scale=1.0,
+    single=False,
+    input_precision="ieee",
+):
+    """Launch `matmul_kernel`: x [M, K] and y [M, N] (unit column stride), w [K, N] of any strides.
+
+    Plain product when b is None. With b [r, N]: S is read, or, if `single`, computed as
+    scale * x a^T, a [r, K], and stored to S when S is given.
+    """
+    M, K = x.shape
+    N = w.shape[1]
+    r = 0 if b is None else b.shape[0]
+    block_r = config.block_r(r, single)
+    launch(
+        matmul_kernel,
+        (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N), 1, 1),
+        (x, w, a if single else None, b, S, bias, scaling if single else None, mask, y),
+        (
+            M,
+            N,
+            K,
+            r,
+            0 if S is None else S.shape[1],
+            float(scale),
+            float(keep_scale),
+            x.stride(0),
+            *w.stride(),
+            *(a.stride() if single else (0, 0)),
+            *(b.stride() if b is not None else (0, 0)),
+            0 if S is None else S.stride(0),
+            0 if mask is None else mask.stride(0),
+            y.stride(0),
+        ),
+        (
+            "none" if b is None else "single" if single else "given",
+            bias is not None,
+            single and scaling is not None,
+            single and S is not None,
+            mask is not None,
+            K % config.BLOCK_K == 0,
+            input_precision,
+            config.BLOCK_M,
+            config.BLOCK_N,
+            config.BLOCK_K,
+            block_r,
+            config.GROUP_M,
+        ),
+        config,
+    )
