@@ -12,7 +12,7 @@ from fused_lora.kernels.launch import cdiv, launch
 MAX_TOKENS = 64
 
 
-@triton.jit(do_not_specialize=["M", "columns_per_split"])
+@triton.jit(do_not_specialize=["M", "steps_per_split"])
 def decode_kernel(
     x_ptr,
     w_ptr,
@@ -30,7 +30,7 @@ def decode_kernel(
     K,
     r,
     columns,
-    columns_per_split,
+    steps_per_split,
     scale,
     stride_xm,
     stride_wk,
@@ -70,8 +70,9 @@ def decode_kernel(
         scale *= tl.load(scaling_ptr)
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)  # [N, M]
     side = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)  # [r, M]
-    first = split * columns_per_split
-    last = min(K, first + columns_per_split)
+    # in steps of BLOCK_K: the compiler must see that columns stay aligned, or loads are narrow
+    first = split * steps_per_split * BLOCK_K
+    last = min(K, first + steps_per_split * BLOCK_K)
     for k in tl.range(first, last, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         inside_k = offs_k < K
@@ -208,7 +209,7 @@ def decode(
             K,
             r,
             0 if S is None else S.shape[1],
-            cdiv(cdiv(K, config.BLOCK_K), config.SPLITS) * config.BLOCK_K,
+            cdiv(cdiv(K, config.BLOCK_K), config.SPLITS),
             float(scale),
             x.stride(0),
             *w.stride(),

@@ -14,6 +14,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETING = triton.knobs.runtime.interpret
 MAX_PLANS = 8192
+# Triton 3.10 turns this off by default; a * b + c in one rounding is what every epilogue here wants
+OPTIONS = {"enable_fp_fusion": True}
 _plans: dict[tuple, object] = {}
 
 
@@ -54,7 +56,7 @@ def launch(kernel, grid, tensors, scalars, constexprs, config, *, pdl=False) -> 
     compiled = _plans.get(key)
     knobs = triton.knobs.runtime
     if compiled is None or knobs.launch_enter_hook is not None:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
         if pdl:
             options["launch_pdl"] = True
         compiled = kernel[grid](*arguments, *scalars, *constexprs, **options)

@@ -143,7 +143,12 @@ def _one_tile(
     inside_r = offs_r < r
     first = split * rows_per_split
     last = min(M, first + rows_per_split)
-    acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)  # [C, r]
+    # A masked P is made in registers. As the left operand of wgmma it would serialise the tensor
+    # cores, so with dropout the product is accumulated transposed, with P on the right.
+    if DROPOUT:
+        acc = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)  # [r, C]
+    else:
+        acc = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)  # [C, r]
     for m in tl.range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
@@ -162,7 +167,11 @@ def _one_tile(
                 mask_ptr, offs_m, M, tile * BLOCK_C, C, stride_mm, BLOCK_M, BLOCK_C
             )
             p = tl.where(keep != 0, p, 0.0).to(p.dtype)
-        acc = tl.dot(tl.trans(p), q, acc, input_precision=INPUT_PRECISION)
+            acc = tl.dot(tl.trans(q), p, acc, input_precision=INPUT_PRECISION)
+        else:
+            acc = tl.dot(tl.trans(p), q, acc, input_precision=INPUT_PRECISION)
+    if DROPOUT:
+        acc = tl.trans(acc)
 
     out = (
         out_ptr

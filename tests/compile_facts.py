@@ -1,0 +1,310 @@
+"""Compile every shipped configuration ahead of time, without a GPU, and print facts as JSON.
+
+    python tests/compile_facts.py sm_90 gfx942 ... > facts.json
+
+The launchers themselves are called, on meta tensors of real sizes, with the launch replaced by a
+compilation: what is compiled is what would run. Run as a program of its own, because kernels
+imported under TRITON_INTERPRET=1 cannot be compiled. `tests/test_static.py` judges the facts.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_lora.kernels import config, decode, matmul, matmul_descriptor, rank_grad, shrink
+from fused_lora.kernels.launch import OPTIONS
+
+M, K, N = 8192, 4096, 4096
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTER = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
+def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def compile_launch(target, kernel, tensors, scalars, constexprs, tiles, pdl):
+    """The compiled kernel that `launch` would run on `target` for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    unspecialized = set(kernel.do_not_specialize)
+    for index, (name, value) in enumerate(
+        zip(kernel.arg_names, (*tensors, *scalars, *constexprs), strict=True)
+    ):
+        if index >= len(tensors) + len(scalars) or value is None:
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, tuple):
+            base, block = value
+            dtype = POINTER[base.dtype][1:]
+            signature[name] = f"tensordesc<{dtype}[{', '.join(map(str, block))}]>"
+        elif isinstance(value, torch.Tensor):
+            signature[name] = POINTER[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif value == 1 and name not in unspecialized:
+            signature[name], constants[(index,)] = "constexpr", 1
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in unspecialized:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS}
+    if pdl:
+        options["launch_pdl"] = True
+    return triton.compile(source, target=target, options=options)
+
+
+def launches(target: str, bits: int):
+    """(name, function that launches once) for every configuration of a target and dtype."""
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    table = config.defaults()[target][str(bits)]
+    x, dy = tensor(M, K, dtype=dtype), tensor(M, N, dtype=dtype)
+    weight, bias = tensor(N, K, dtype=dtype), tensor(N, dtype=dtype)
+    scaling, seed = tensor(dtype=torch.float32), tensor(dtype=torch.int64)
+    bits_x = tensor(M, K // 8, dtype=torch.uint8)
+    counters = tensor(4096, dtype=torch.int32)
+    partial = tensor(1 << 22, dtype=torch.float32)
+
+    def factors(r, adapter=dtype):
+        A, B = tensor(r, K, dtype=adapter), tensor(N, r, dtype=adapter)
+        return A, B, tensor(M, -(-r // 16) * 16, dtype=dtype)
+
+    for index, tiles in enumerate(table["shrink"]):
+        for r in (16, 64, 128):
+            A, B, S = factors(r)
+            name = f"shrink[{index}] r={r}"
+            yield f"{name} forward", lambda A=A, S=S, t=tiles: shrink.shrink(x, A, S, t, 132)
+            yield (
+                f"{name} backward",
+                lambda B=B, S=S, t=tiles: shrink.shrink(dy, B.t(), S, t, 132, counters=counters),
+            )
+        A, B, S = factors(8, torch.float32)
+        packed = tensor(N, 16, dtype=dtype)
+        yield (
+            f"shrink[{index}] r=8 dropout, fp32 adapters packed",
+            lambda A=A, B=B, S=S, t=tiles, p=packed: shrink.shrink(
+                x,
+                A,
+                S,
+                t,
+                132,
+                scaling=scaling,
+                seed=seed,
+                threshold=3277,
+                mask=bits_x,
+                source=B,
+                packed=p,
+                trigger=target in ("sm_90", "sm_100"),
+            ),
+        )
+    for index, tiles in enumerate(table["matmul"]):
+        for r in (16, 128):
+            A, B, S = factors(r)
+            yield (
+                f"matmul[{index}] given r={r} forward",
+                lambda B=B, S=S, t=tiles: matmul.matmul(
+                    x, weight.t(), dy, t, b=B.t(), S=S, bias=bias
+                ),
+            )
+            yield (
+                f"matmul[{index}] given r={r} dX",
+                lambda A=A, S=S, t=tiles: matmul.matmul(dy, weight, x, t, b=A, S=S),
+            )
+        A, B, S = factors(16)
+        yield (
+            f"matmul[{index}] given r=16 dX dropout",
+            lambda A=A, S=S, t=tiles: matmul.matmul(
+                dy, weight, x, t, b=A, S=S, mask=bits_x, keep_scale=1.05
+            ),
+        )
+    for index, tiles in enumerate(table["matmul_single"]):
+        for r in (16, 64):
+            A, B, S = factors(r)
+            yield (
+                f"matmul_single[{index}] r={r} forward",
+                lambda A=A, B=B, S=S, t=tiles: matmul.matmul(
+                    x, weight.t(), dy, t, a=A, b=B.t(), S=S, bias=bias, single=True
+                ),
+            )
+            yield (
+                f"matmul_single[{index}] r={r} dX",
+                lambda A=A, B=B, S=S, t=tiles: matmul.matmul(
+                    dy, weight, x, t, a=B.t(), b=A, S=S, single=True
+                ),
+            )
+    for index, tiles in enumerate(table.get("matmul_descriptor", [])):
+        name = f"matmul_descriptor[{index}]"
+        run = matmul_descriptor.descriptor_matmul
+        for r in (16, 128):
+            A, B, S = factors(r)
+            for pdl in (True, False):
+                yield (
+                    f"{name} r={r} forward pdl={pdl}",
+                    lambda B=B, S=S, t=tiles, pdl=pdl: run(
+                        x, weight.t(), dy, t, 132, b=B.t(), S=S, bias=bias, pdl=pdl
+                    ),
+                )
+                yield (
+                    f"{name} r={r} dX pdl={pdl}",
+                    lambda A=A, S=S, t=tiles, pdl=pdl: run(
+                        dy, weight, x, t, 132, b=A, S=S, pdl=pdl
+                    ),
+                )
+        yield (
+            f"{name} plain forward",
+            lambda t=tiles: run(x, weight.t(), dy, t, 132, bias=bias),
+        )
+        yield f"{name} plain dX", lambda t=tiles: run(dy, weight, x, t, 132)
+    for index, tiles in enumerate(table["rank_grad"]):
+        for r in (16, 64, 128):
+            A, B, S = factors(r)
+            yield (
+                f"rank_grad[{index}] r={r}",
+                lambda A=A, B=B, S=S, r=r, t=tiles: rank_grad.rank_grad(
+                    t,
+                    4,
+                    M,
+                    r,
+                    x=x,
+                    dS=S,
+                    dA=A,
+                    dY=dy,
+                    S=S,
+                    dB=B,
+                    mask=bits_x if r == 16 else None,
+                    partial=partial,
+                    counters=counters,
+                ),
+            )
+    for index, tiles in enumerate(table["decode"]):
+        for tokens in (1, 64):
+            for r in (16, 64):
+                A, B, _ = factors(r)
+                few, out = tensor(tokens, K, dtype=dtype), tensor(tokens, N, dtype=dtype)
+                S = tensor(tokens, r, dtype=dtype)
+                yield (
+                    f"decode[{index}] M={tokens} r={r}",
+                    lambda A=A, B=B, S=S, few=few, out=out, t=tiles: decode.decode(
+                        few,
+                        weight.t(),
+                        A,
+                        B.t(),
+                        out,
+                        t,
+                        bias=bias,
+                        S=S,
+                        partial=partial,
+                        partial_s=partial,
+                        counters=counters,
+                    ),
+                )
+
+
+def cuda_facts(kernel, capability: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        sass = _output(BINARIES / "nvdisasm", "-c", cubin)
+        usage = _output(BINARIES / "cuobjdump", "--dump-resource-usage", cubin)
+        newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+        assembler = "ptxas-blackwell" if newest or capability >= 100 else "ptxas"
+        suffix = "a" if capability >= 90 else ""
+        log = _output(
+            BINARIES / assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", ptx, "-o", cubin
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    operations = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.M))
+    widths = sorted(set(re.findall(r"HGMMA\.(\d+x\d+x\d+)", sass)))
+    order = re.findall(r"\b(HGMMA|ACQBULK)\b", sass)
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "spills": operations["STL"] + operations["LDL"],
+        "hgmma": operations["HGMMA"],
+        "hgmma_widths": widths,
+        "hmma": operations["HMMA"],
+        "tcgen05": sum(v for k, v in operations.items() if k.startswith("UTC")),
+        "tma_loads": operations["UTMALDG"],
+        "async_copies": operations["LDGSTS"],
+        "waits": [order[: i + 1].count("HGMMA") for i, o in enumerate(order) if o == "ACQBULK"],
+        "serialized": sorted(set(re.findall(r"\(C75\d+\)[^\n]*", log))),
+    }
+
+
+def hip_facts(kernel) -> dict:
+    text = kernel.asm["amdgcn"]
+    return {
+        "spills": sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", text))),
+        "stack": max(
+            map(int, re.findall(r"private_segment_fixed_size:?\s+(\d+)", text)), default=0
+        ),
+        "mfma": len(re.findall(r"v_mfma", text)),
+    }
+
+
+def _output(*command) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def facts_of(target: str, only: str = "") -> dict:
+    """{case: facts} for one target; `only` filters the cases by a regular expression."""
+    facts: dict[str, dict] = {}
+    gpu = (
+        GPUTarget("hip", target, 64)
+        if target.startswith("gfx")
+        else GPUTarget("cuda", int(target[3:]), 32)
+    )
+    pending: list = []
+    for module in (shrink, matmul, matmul_descriptor, rank_grad, decode):
+        module.launch = lambda kernel, grid, tensors, scalars, constexprs, tiles, pdl=False: (
+            pending.append((kernel, tensors, scalars, constexprs, tiles, pdl))
+        )
+    for bits in (16, 32):
+        for name, run in launches(target, bits):
+            case = f"{target} {bits}-bit {name}"
+            if not re.search(only, case):
+                continue
+            run()
+            arguments = pending.pop()
+            try:
+                compiled = compile_launch(gpu, *arguments)
+            except Exception as error:  # reported as a fact: the test shows which case it is
+                facts[case] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+                continue
+            facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[4])}
+            if gpu.backend == "hip":
+                facts[case] |= hip_facts(compiled)
+            else:
+                facts[case] |= cuda_facts(compiled, gpu.arch)
+    return facts
+
+
+if __name__ == "__main__":
+    assert os.environ.get("TRITON_INTERPRET", "0") == "0", (
+        "kernels must be importable for compiling"
+    )
+    pattern = os.environ.get("FACTS_ONLY", "")
+    result = {"triton": triton.__version__, "facts": {}}
+    for name in sys.argv[1:]:
+        result["facts"] |= facts_of(name, pattern)
+    json.dump(result, sys.stdout, indent=1)
