@@ -31,7 +31,7 @@ def forward(
     mask, dropped, keep_scale = None, x, 1.0
     if dropout_p > 0.0:
         assert seed is not None
-        mask = dropout.packed_mask(seed, *x.shape, dropout_p)
+        mask = dropout.packed_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), 1.0 / (1.0 - dropout_p)
     allocate = x.new_empty if r % RANK_PADDING == 0 else x.new_zeros
     S = allocate((x.shape[0], padded_rank(r)))

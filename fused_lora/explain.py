@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,8 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
     drawn = layer.lora_dropout > 0.0 and layer.training
     K, N = layer.in_features, layer.out_features
     addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
+    same_dtype = layer.lora_A.dtype == layer.lora_B.dtype == dtype
+    adapter_rows = {"forward": K, "dX": layer.r}
     for direction, outputs, inputs, masked in (("forward", N, K, False), ("dX", K, N, drawn)):
         plan = ops.triton_backend.plan_product(
             device,
@@ -63,6 +67,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
             drawn=drawn and not masked,
             masked=masked,
             addressable=addressable,
+            adapter_addressable=same_dtype and adapter_rows[direction] * dtype.itemsize % 16 == 0,
         )
         lines.append(f"  {direction}: {_describe(plan)}")
     return "\n".join(lines)
@@ -72,8 +77,9 @@ def _why_aten(rows: Tensor) -> str:
     return ops.why_not_triton(rows) or "auto: the faster one here by the tables, or unmeasured"
 
 
-def _describe(plan) -> str:
+def _describe(plan: Any) -> str:
     tiles = ", ".join(f"{k}={v}" for k, v in vars(plan.decode or plan.matmul).items())
     shrink = f", shrink on {plan.shrink_programs} SMs" if plan.shrink else ""
     plural = "launch" if plan.launches == 1 else "launches"
-    return f"triton {plan.path}, {plan.launches} {plural}{shrink} ({plan.reason}); {tiles}"
+    memset = " and a memset" if plan.memsets else ""
+    return f"triton {plan.path}, {plan.launches} {plural}{memset}{shrink} ({plan.reason}); {tiles}"

@@ -77,9 +77,11 @@ def _lora_linear(
     _check_options(x, scaling, dropout_p, seed, backend)
     if backend == "triton":
         ops.require_triton(x)
-    scaling_tensor = None
+    factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
-        scaling, scaling_tensor = 1.0, scaling.to(x.device, torch.float32)
+        scaling_tensor = scaling.to(x.device, torch.float32)
+    else:
+        factor = float(scaling)
     if dropout_p > 0.0 and seed is None:
         seed = dropout.draw_seed(x.device)
     if dropout_p == 0.0:
@@ -87,7 +89,7 @@ def _lora_linear(
 
     leading = x.shape[:-1]
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
-    options = (scaling, scaling_tensor, dropout_p, seed, backend)
+    options = (factor, scaling_tensor, dropout_p, seed, backend)
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad

@@ -122,7 +122,7 @@ class FusedLoRALinear(nn.Module):
 
     def _setup(
         self,
-        weight: nn.Parameter,
+        weight: Tensor,
         bias: nn.Parameter | None,
         *,
         r: int,
@@ -152,9 +152,9 @@ class FusedLoRALinear(nn.Module):
         self.backend = backend
         self.weight = weight
         self.register_parameter("bias", bias)
-        adapter = {"device": weight.device, "dtype": adapter_dtype or weight.dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, self.in_features, **adapter))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, **adapter))
+        dtype = adapter_dtype or weight.dtype
+        self.lora_A = nn.Parameter(weight.new_empty((r, self.in_features), dtype=dtype))
+        self.lora_B = nn.Parameter(weight.new_empty((self.out_features, r), dtype=dtype))
         self._adapters_ready = False
         self._merged = False
         self._base: Tensor | None = None

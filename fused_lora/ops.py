@@ -6,6 +6,7 @@ and compute: `triton_backend` (the fused kernels) or `aten_backend` (library mat
 from __future__ import annotations
 
 import contextlib
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ def _backward(
             dy, x, weight, lora_A, lora_B, S, mask, scale, dropout_p, needs_x, needs_A, needs_B
         )
         # full fine-tuning of the base is LoRA's limit case: right, not special
-        dweight = (dy.t() @ x).to(weight.dtype) if needs_weight else None
+        dweight = (dy.t() @ x).to(weight.dtype) if needs_weight and x is not None else None
         dbias = dy.sum(0) if needs_bias else None
     return [grad for grad in (dx, dweight, dA, dB, dbias) if grad is not None]
 
@@ -184,7 +185,7 @@ def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor):
+def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor) -> ModuleType:
     """The module that computes this call. Empty products have nothing to launch: aten."""
     if x.numel() > 0 and weight.numel() > 0 and resolve(backend, x, N, lora_A.shape[0]) == "triton":
         return triton_backend

@@ -18,6 +18,7 @@ from fused_lora.kernels.decode import decode, workspace
 from fused_lora.kernels.launch import INTERPRETING, describable
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
+from fused_lora.kernels.matmul_producer import producer_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
 from fused_lora.scale import Scale, padded_rank
@@ -112,7 +113,7 @@ def backward(
             splits,
             M,
             r,
-            x=_unit_column_stride(x) if needs_A else None,
+            x=None if x is None or not needs_A else _unit_column_stride(x),
             dS=dS,
             dA=dA,
             dY=dy if needs_B else None,
@@ -143,9 +144,10 @@ def plan_product(
     drawn: bool,
     masked: bool,
     addressable: bool,
+    adapter_addressable: bool,
 ) -> config.Product:
     """How Y [M, N] = X [M, K] W + S B runs. drawn: X is dropped before the adapter; masked: the
-    adapter term is masked; addressable: X, W and Y by tensor descriptors."""
+    adapter term is masked; addressable: X, W and Y by tensor descriptors, as is the adapter."""
     return config.choose_product(
         _device(device),
         8 * dtype.itemsize,
@@ -156,6 +158,7 @@ def plan_product(
         dropout=drawn,
         masked_output=masked,
         describable=addressable,
+        adapter_describable=adapter_addressable,
     )
 
 
@@ -180,9 +183,11 @@ def _adapted_product(
     """
     M, K = x.shape
     N, r = w.shape[1], a.shape[0]
+    transposed = w.stride(1) != 1
     addressable = describable(x) and describable(y)
     if addressable and w.dtype == x.dtype:
-        addressable = describable(w if w.stride(1) == 1 else w.t())
+        addressable = describable(_stored(w, transposed))
+    adapter = a if transposed else a.t()  # as the descriptor kernels read it
     plan = plan_product(
         x.device,
         x.dtype,
@@ -193,6 +198,7 @@ def _adapted_product(
         drawn=draw is not None,
         masked=masked is not None,
         addressable=addressable,
+        adapter_addressable=a.dtype == x.dtype and describable(adapter),
     )
     precision = _precision(x)
     if plan.launches == 1 and counters is not None:
@@ -236,22 +242,41 @@ def _adapted_product(
         )
         return
 
-    assert plan.shrink is not None
     if S is None:
         S = x.new_empty((M, padded_rank(r)))
+    programs = _device(x.device).sm_count
+    if plan.path == "producer":
+        flags = x.new_zeros(-(-M // plan.matmul.BLOCK_M), dtype=torch.int32)
+        if INTERPRETING:  # programs run one after the other there: one may wait for another
+            programs = 1
+        producer_matmul(
+            x,
+            w.to(x.dtype),
+            a,
+            b,
+            y,
+            S,
+            flags,
+            plan.matmul,
+            programs,
+            bias=bias,
+            scale=scale.value,
+            scaling=scale.tensor,
+        )
+        return
+
+    assert plan.shrink is not None
     source = packed = None
     descriptors = plan.path in ("pdl", "serial")
     if descriptors:
         # all segments of the loop have one dtype and rows that TMA can address
-        if w.dtype != x.dtype:  # autocast: a copy for the length of this call
-            w = w.to(x.dtype)
-        transposed = w.stride(1) != 1
-        stored = b.t() if transposed else b
+        w = w.to(x.dtype)  # under autocast a copy, for the length of this call
+        stored = _stored(b, transposed)
         if stored.dtype != x.dtype or not describable(stored):
             source = stored
             packed = x.new_empty((stored.shape[0], padded_rank(stored.shape[1])))
             stored = packed
-        b = stored.t() if transposed else stored
+        b = _stored(stored, transposed)
     shrink(
         x,
         a,
@@ -271,7 +296,6 @@ def _adapted_product(
     )
     if descriptors:
         pdl = plan.path == "pdl"
-        programs = _device(x.device).sm_count
         descriptor_matmul(x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl)
         return
     matmul(
@@ -308,6 +332,11 @@ def _shrink_only(x: Tensor, a: Tensor, S: Tensor, scale: Scale, counters: Tensor
 
 def _device(device: torch.device) -> config.Device:
     return config.device_of(device.index if device.type == "cuda" else None)
+
+
+def _stored(matrix: Tensor, transposed: bool) -> Tensor:
+    """The row-major matrix behind a view that may be its transpose, and the way back."""
+    return matrix.t() if transposed else matrix
 
 
 def _bits(x: Tensor) -> int:

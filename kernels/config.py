@@ -18,12 +18,18 @@ TUNED = Path(__file__).parent / "tuned"
 
 # How forward and dX are computed. "auto" lets `choose_path` decide; any other name forces that path
 # wherever it can run, until measurements have settled which one each regime keeps.
-PATHS = ("pdl", "serial", "portable", "single", "decode")
+#   pdl       shrink, then the descriptor matmul started behind it (programmatic dependent launch)
+#   serial    the same two launches, one after the other
+#   producer  one launch, the first tile column publishes S to the others
+#   portable  shrink, then the pointer matmul
+#   single    one launch of the pointer matmul, S recomputed in every tile
+#   decode    one launch for few tokens, K split over programs
+PATHS = ("pdl", "serial", "producer", "portable", "single", "decode")
 PATH = os.environ.get("FUSED_LORA_PATH", "auto")
 
-MAX_DECODE_TOKENS = 64
 MAX_SINGLE_RANK = 64
-MAX_DECODE_RANK = 64
+# (tokens, rank) that one tile of decode holds, by the dtype's bits: fp32 has half the registers
+MAX_DECODE = {16: (64, 64), 32: (16, 16)}
 MIN_RANK_BLOCK = 16  # the narrowest operand a tensor core instruction takes
 
 
@@ -119,7 +125,13 @@ class Product:
 
     @property
     def launches(self) -> int:
-        return 1 if self.path in ("single", "decode") else 2
+        """Kernel launches of this product, without the memset of `memsets`."""
+        return 1 if self.path in ("single", "producer", "decode") else 2
+
+    @property
+    def memsets(self) -> int:
+        """Counters or flags that are zeroed by a launch of their own."""
+        return int(self.path == "producer" or (self.decode is not None and self.decode.SPLITS > 1))
 
 
 @functools.cache
@@ -148,9 +160,10 @@ def target_of(device: Device) -> str:
 
 
 def has_descriptors(device: Device) -> bool:
-    """Whether the descriptor matmul is the one to use: tensor memory accelerator and wgmma/tcgen05.
-    Consumer Blackwell (sm_120) has neither of the latter and takes the portable kernel."""
-    return device.backend == "cuda" and 90 <= device.capability < 120
+    """Whether the descriptor matmul pays: tensor memory accelerator with wgmma or tcgen05. Consumer
+    Blackwell (sm_120) has neither of the latter and takes the portable kernel. The interpreter
+    runs it when a path is forced."""
+    return device is INTERPRETER or (device.backend == "cuda" and 90 <= device.capability < 120)
 
 
 @functools.cache
@@ -241,22 +254,24 @@ def choose_product(
     dropout: bool,
     masked_output: bool,
     describable: bool,
+    adapter_describable: bool,
 ) -> Product:
     """How Y [M, N] = X [M, K] W + S B runs.
 
     bits: 16 or 32, of the dtype. dropout: a mask is drawn on X before the adapter (forward).
     masked_output: the adapter term is masked (dX of dropout). describable: x, w and y can be
-    addressed by tensor descriptors.
+    addressed by tensor descriptors; adapter_describable: so can a, in x's dtype.
     """
     can = {
-        "decode": M <= MAX_DECODE_TOKENS and r <= MAX_DECODE_RANK,
+        "decode": M <= MAX_DECODE[bits][0] and r <= MAX_DECODE[bits][1],
         "single": r <= MAX_SINGLE_RANK,
         "portable": True,
         "serial": describable and bits == 16 and has_descriptors(device) and not masked_output,
     }
     can["pdl"] = can["serial"]
+    can["producer"] = can["serial"] and adapter_describable and can["single"]
     if dropout or masked_output:
-        can["decode"] = can["single"] = False
+        can["decode"] = can["single"] = can["producer"] = False
     path, reason = _path(device, bits, M, N, K, r, can)
     if path == "decode":
         return Product(path, reason, decode=select("decode", device, bits, M, N, K, r))
@@ -284,8 +299,8 @@ def _path(
     if measured is not None and can[measured]:
         return measured, "measured on this GPU"
     if can["decode"]:
-        return "decode", f"M = {M} <= {MAX_DECODE_TOKENS} tokens"
-    if can["pdl"]:
+        return "decode", f"M = {M} <= {MAX_DECODE[bits][0]} tokens"
+    if can["pdl"] and device.backend == "cuda":
         return "pdl", "descriptors, shrink hidden behind the matmul"
     if can["single"] and r <= MIN_RANK_BLOCK:
         return "single", f"r = {r} <= {MIN_RANK_BLOCK}: S is recomputed per tile"

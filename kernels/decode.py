@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from fused_lora.kernels.launch import cdiv, launch
 
-MAX_TOKENS = 64
-
 
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
 def decode_kernel(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,7 +22,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_lora.kernels import config, decode, matmul, matmul_descriptor, rank_grad, shrink
+from fused_lora.kernels import (
+    config,
+    decode,
+    matmul,
+    matmul_descriptor,
+    matmul_producer,
+    rank_grad,
+    shrink,
+)
 from fused_lora.kernels.launch import OPTIONS
 
 M, K, N = 8192, 4096, 4096
@@ -72,7 +81,7 @@ def compile_launch(target, kernel, tensors, scalars, constexprs, tiles, pdl):
 
 
 def launches(target: str, bits: int):
-    """(name, function that launches once) for every configuration of a target and dtype."""
+    """Call the launcher of every configuration of a target and dtype, yielding the case's name."""
     dtype = torch.bfloat16 if bits == 16 else torch.float32
     table = config.defaults()[target][str(bits)]
     x, dy = tensor(M, K, dtype=dtype), tensor(M, N, dtype=dtype)
@@ -83,138 +92,108 @@ def launches(target: str, bits: int):
     partial = tensor(1 << 22, dtype=torch.float32)
 
     def factors(r, adapter=dtype):
+        """lora_A, lora_B and S of rank r."""
         A, B = tensor(r, K, dtype=adapter), tensor(N, r, dtype=adapter)
         return A, B, tensor(M, -(-r // 16) * 16, dtype=dtype)
 
     for index, tiles in enumerate(table["shrink"]):
         for r in (16, 64, 128):
             A, B, S = factors(r)
-            name = f"shrink[{index}] r={r}"
-            yield f"{name} forward", lambda A=A, S=S, t=tiles: shrink.shrink(x, A, S, t, 132)
-            yield (
-                f"{name} backward",
-                lambda B=B, S=S, t=tiles: shrink.shrink(dy, B.t(), S, t, 132, counters=counters),
-            )
+            shrink.shrink(x, A, S, tiles, 132)
+            yield f"shrink[{index}] r={r} forward"
+            shrink.shrink(dy, B.t(), S, tiles, 132, counters=counters)
+            yield f"shrink[{index}] r={r} backward"
         A, B, S = factors(8, torch.float32)
-        packed = tensor(N, 16, dtype=dtype)
-        yield (
-            f"shrink[{index}] r=8 dropout, fp32 adapters packed",
-            lambda A=A, B=B, S=S, t=tiles, p=packed: shrink.shrink(
-                x,
-                A,
-                S,
-                t,
-                132,
-                scaling=scaling,
-                seed=seed,
-                threshold=3277,
-                mask=bits_x,
-                source=B,
-                packed=p,
-                trigger=target in ("sm_90", "sm_100"),
-            ),
+        shrink.shrink(
+            x,
+            A,
+            S,
+            tiles,
+            132,
+            scaling=scaling,
+            seed=seed,
+            threshold=3277,
+            mask=bits_x,
+            source=B,
+            packed=tensor(N, 16, dtype=dtype),
+            trigger=bool(table.get("matmul_descriptor")),
         )
+        yield f"shrink[{index}] r=8 dropout, fp32 adapters packed"
     for index, tiles in enumerate(table["matmul"]):
         for r in (16, 128):
             A, B, S = factors(r)
-            yield (
-                f"matmul[{index}] given r={r} forward",
-                lambda B=B, S=S, t=tiles: matmul.matmul(
-                    x, weight.t(), dy, t, b=B.t(), S=S, bias=bias
-                ),
-            )
-            yield (
-                f"matmul[{index}] given r={r} dX",
-                lambda A=A, S=S, t=tiles: matmul.matmul(dy, weight, x, t, b=A, S=S),
-            )
+            matmul.matmul(x, weight.t(), dy, tiles, b=B.t(), S=S, bias=bias)
+            yield f"matmul[{index}] r={r} forward"
+            matmul.matmul(dy, weight, x, tiles, b=A, S=S)
+            yield f"matmul[{index}] r={r} dX"
         A, B, S = factors(16)
-        yield (
-            f"matmul[{index}] given r=16 dX dropout",
-            lambda A=A, S=S, t=tiles: matmul.matmul(
-                dy, weight, x, t, b=A, S=S, mask=bits_x, keep_scale=1.05
-            ),
-        )
+        matmul.matmul(dy, weight, x, tiles, b=A, S=S, mask=bits_x, keep_scale=1.05)
+        yield f"matmul[{index}] r=16 dX dropout"
     for index, tiles in enumerate(table["matmul_single"]):
         for r in (16, 64):
             A, B, S = factors(r)
-            yield (
-                f"matmul_single[{index}] r={r} forward",
-                lambda A=A, B=B, S=S, t=tiles: matmul.matmul(
-                    x, weight.t(), dy, t, a=A, b=B.t(), S=S, bias=bias, single=True
-                ),
-            )
-            yield (
-                f"matmul_single[{index}] r={r} dX",
-                lambda A=A, B=B, S=S, t=tiles: matmul.matmul(
-                    dy, weight, x, t, a=B.t(), b=A, S=S, single=True
-                ),
-            )
+            matmul.matmul(x, weight.t(), dy, tiles, a=A, b=B.t(), S=S, bias=bias, single=True)
+            yield f"matmul_single[{index}] r={r} forward"
+            matmul.matmul(dy, weight, x, tiles, a=B.t(), b=A, S=S, single=True)
+            yield f"matmul_single[{index}] r={r} dX"
     for index, tiles in enumerate(table.get("matmul_descriptor", [])):
-        name = f"matmul_descriptor[{index}]"
-        run = matmul_descriptor.descriptor_matmul
-        for r in (16, 128):
+        name, run = f"matmul_descriptor[{index}]", matmul_descriptor.descriptor_matmul
+        for r, pdl in ((16, True), (128, True), (16, False)):
             A, B, S = factors(r)
-            for pdl in (True, False):
-                yield (
-                    f"{name} r={r} forward pdl={pdl}",
-                    lambda B=B, S=S, t=tiles, pdl=pdl: run(
-                        x, weight.t(), dy, t, 132, b=B.t(), S=S, bias=bias, pdl=pdl
-                    ),
-                )
-                yield (
-                    f"{name} r={r} dX pdl={pdl}",
-                    lambda A=A, S=S, t=tiles, pdl=pdl: run(
-                        dy, weight, x, t, 132, b=A, S=S, pdl=pdl
-                    ),
-                )
-        yield (
-            f"{name} plain forward",
-            lambda t=tiles: run(x, weight.t(), dy, t, 132, bias=bias),
-        )
-        yield f"{name} plain dX", lambda t=tiles: run(dy, weight, x, t, 132)
-    for index, tiles in enumerate(table["rank_grad"]):
-        for r in (16, 64, 128):
-            A, B, S = factors(r)
-            yield (
-                f"rank_grad[{index}] r={r}",
-                lambda A=A, B=B, S=S, r=r, t=tiles: rank_grad.rank_grad(
-                    t,
-                    4,
-                    M,
-                    r,
-                    x=x,
-                    dS=S,
-                    dA=A,
-                    dY=dy,
-                    S=S,
-                    dB=B,
-                    mask=bits_x if r == 16 else None,
-                    partial=partial,
-                    counters=counters,
-                ),
-            )
-    for index, tiles in enumerate(table["decode"]):
-        for tokens in (1, 64):
+            run(x, weight.t(), dy, tiles, 132, b=B.t(), S=S, bias=bias, pdl=pdl)
+            yield f"{name} r={r} forward pdl={pdl}"
+            run(dy, weight, x, tiles, 132, b=A, S=S, pdl=pdl)
+            yield f"{name} r={r} dX pdl={pdl}"
+        run(x, weight.t(), dy, tiles, 132, bias=bias)
+        yield f"{name} plain forward"
+        run(dy, weight, x, tiles, 132)
+        yield f"{name} plain dX"
+        if tiles.STORE_PARTS == 1:
             for r in (16, 64):
-                A, B, _ = factors(r)
-                few, out = tensor(tokens, K, dtype=dtype), tensor(tokens, N, dtype=dtype)
-                S = tensor(tokens, r, dtype=dtype)
-                yield (
-                    f"decode[{index}] M={tokens} r={r}",
-                    lambda A=A, B=B, S=S, few=few, out=out, t=tiles: decode.decode(
-                        few,
-                        weight.t(),
-                        A,
-                        B.t(),
-                        out,
-                        t,
-                        bias=bias,
-                        S=S,
-                        partial=partial,
-                        partial_s=partial,
-                        counters=counters,
-                    ),
-                )
+                A, B, S = factors(r)
+                run = matmul_producer.producer_matmul
+                run(x, weight.t(), A, B.t(), dy, S, counters, tiles, 132, bias=bias)
+                yield f"matmul_producer[{index}] r={r} forward"
+                run(dy, weight, B.t(), A, x, S, counters, tiles, 132)
+                yield f"matmul_producer[{index}] r={r} dX"
+    for index, tiles in enumerate(table["rank_grad"]):
+        for r, mask in ((16, None), (64, None), (128, None), (16, bits_x), (128, bits_x)):
+            A, B, S = factors(r)
+            rank_grad.rank_grad(
+                tiles,
+                4,
+                M,
+                r,
+                x=x,
+                dS=S,
+                dA=A,
+                dY=dy,
+                S=S,
+                dB=B,
+                mask=mask,
+                partial=partial,
+                counters=counters,
+            )
+            yield f"rank_grad[{index}] r={r}{'' if mask is None else ' dropout'}"
+    for index, tiles in enumerate(table["decode"]):
+        most, rank = config.MAX_DECODE[bits]
+        for tokens, r in {(1, 16): 0, (most, rank): 0} if index else product((1, most), (16, rank)):
+            A, B, _ = factors(r)
+            few, out = tensor(tokens, K, dtype=dtype), tensor(tokens, N, dtype=dtype)
+            decode.decode(
+                few,
+                weight.t(),
+                A,
+                B.t(),
+                out,
+                tiles,
+                bias=bias,
+                S=tensor(tokens, r, dtype=dtype),
+                partial=partial,
+                partial_s=partial,
+                counters=counters,
+            )
+            yield f"decode[{index}] M={tokens} r={r}"
 
 
 def cuda_facts(kernel, capability: int) -> dict:
@@ -275,17 +254,16 @@ def facts_of(target: str, only: str = "") -> dict:
         else GPUTarget("cuda", int(target[3:]), 32)
     )
     pending: list = []
-    for module in (shrink, matmul, matmul_descriptor, rank_grad, decode):
+    for module in (shrink, matmul, matmul_descriptor, matmul_producer, rank_grad, decode):
         module.launch = lambda kernel, grid, tensors, scalars, constexprs, tiles, pdl=False: (
             pending.append((kernel, tensors, scalars, constexprs, tiles, pdl))
         )
     for bits in (16, 32):
-        for name, run in launches(target, bits):
+        for name in launches(target, bits):
+            arguments = pending.pop()
             case = f"{target} {bits}-bit {name}"
             if not re.search(only, case):
                 continue
-            run()
-            arguments = pending.pop()
             try:
                 compiled = compile_launch(gpu, *arguments)
             except Exception as error:  # reported as a fact: the test shows which case it is

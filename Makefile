@@ -1,0 +1,50 @@
+# Two commands do everything: `make latency` and `make test`. VENV=none uses the current environment.
+VENV ?= .venv
+PYTHON ?= python3
+OLDEST_TRITON := 3.6.0
+JOBS ?= 2
+
+ifeq ($(VENV),none)
+RUN :=
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+endif
+OLD := .triton-$(OLDEST_TRITON)
+
+.PHONY: latency test test-gpu test-slow lint format clean
+
+latency: $(READY)
+	$(PY) benchmarks/latency.py --quick
+
+test: lint $(READY) $(OLD)/ready
+	FUSED_LORA_OLD_TRITON=$(abspath $(OLD)) $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+	PYTHONPATH=$(OLD) $(PY) -m pytest -n $(JOBS) --dist worksteal -m "kernels and not slow"
+
+test-gpu:
+	$(PYTHON) -m pytest -m "gpu or kernels"
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
+	$(VENV)/bin/pip install --quiet --no-build-isolation -e ".[test,bench,peft,examples]"
+	touch $@
+
+# the kernels are also tested on the oldest Triton we support; its interpreter needs numpy < 2.4
+$(OLD)/ready: | $(READY)
+	$(PY) -m pip install --quiet --no-deps --target $(OLD) "triton==$(OLDEST_TRITON)" "numpy<2.4"
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(OLD) build dist *.egg-info

@@ -1,0 +1,126 @@
+"""What a machine without a GPU can promise about the compiled kernels, for every shipped
+configuration, on every supported architecture, with the newest Triton and the oldest."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_lora.kernels import config
+
+HERE = Path(__file__).parent
+TARGETS = [name for name in config.defaults() if name != "interpreter"]
+OLD_TRITON = os.environ.get("FUSED_LORA_OLD_TRITON")
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "sm_120": 101_376,
+    "gfx942": 65_536,
+}
+VERSIONS = [
+    "installed",
+    pytest.param(
+        "oldest",
+        marks=pytest.mark.skipif(
+            not OLD_TRITON, reason="FUSED_LORA_OLD_TRITON names no folder with the oldest Triton"
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def triton_path(request):
+    return OLD_TRITON if request.param == "oldest" else None
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def facts(request, triton_path):
+    """{case: facts} of one target, compiled in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    if triton_path:
+        environment["PYTHONPATH"] = triton_path
+    done = subprocess.run(
+        [sys.executable, HERE / "compile_facts.py", request.param],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)["facts"]
+
+
+def failing(facts, judge, op=""):
+    """The cases of `op` whose facts the judge does not accept, with those facts."""
+    chosen = {case: found for case, found in facts.items() if op in case}
+    return {case: found for case, found in chosen.items() if not judge(found)}
+
+
+def test_every_shipped_configuration_compiles(facts):
+    assert len(facts) > 20
+    assert not failing(facts, lambda found: "error" not in found)
+
+
+def test_nothing_spills(facts):
+    assert not failing(facts, lambda found: found["stack"] == 0 and found["spills"] == 0)
+
+
+def test_shared_memory_fits_the_part(facts):
+    limit = SHARED_LIMIT[next(iter(facts)).split()[0]]
+    assert not failing(facts, lambda found: found["shared"] <= limit)
+
+
+def test_tensor_cores_are_used_and_never_serialized(facts):
+    target = next(iter(facts)).split()[0]
+    sixteen = {case: found for case, found in facts.items() if "16-bit" in case}
+    unit = {"sm_90": "hgmma", "sm_100": "tcgen05", "gfx942": "mfma"}.get(target, "hmma")
+    either = ("hmma", unit)
+    assert not failing(sixteen, lambda found: any(found.get(kind) for kind in either))
+    assert not failing(facts, lambda found: not found.get("serialized"))
+
+
+def test_descriptor_matmul_rides_one_pipeline_of_full_width(facts):
+    """On sm_90: full-width wgmma, operands by TMA alone, and the wait between two pipelined loops.
+    The adapter adds no tensor core instruction and no load to the loop of the plain product."""
+    if not next(iter(facts)).startswith("sm_90"):
+        pytest.skip("sm_90 alone has wgmma")
+    cases = {case: found for case, found in facts.items() if "matmul_descriptor" in case}
+    assert cases
+    for case, found in cases.items():
+        tiles = found["config"]
+        loads = 2 * tiles["num_stages"]  # x and w: stages - 1 in the prologue and one in the loop
+        loops = 2 if "pdl=True" in case else 1
+        assert found["hgmma_widths"] == [f"64x{tiles['BLOCK_N']}x16"], case
+        assert found["hgmma"] == loops * tiles["BLOCK_K"] // 16, case
+        assert found["tma_loads"] == loops * loads, case
+        assert found["hmma"] == found["async_copies"] == 0, case
+        # exactly one wait, with one whole loop of tensor core work before it
+        expected = [tiles["BLOCK_K"] // 16] if loops == 2 else []
+        assert found["waits"] == expected, case
+
+
+def test_a_spilling_configuration_is_noticed():
+    """A test of the tests: four warps cannot hold a 128 x 256 accumulator."""
+    script = (
+        "import compile_facts as c; from fused_lora.kernels import config;"
+        "t = config.defaults()['sm_90']; tiles = config.Matmul(128, 256, 64, 8, 4, 3);"
+        "t['16'] = dict.fromkeys(config.KINDS, []) | {'matmul_descriptor': [tiles]};"
+        "t['32'] = dict.fromkeys(config.KINDS, []);"
+        "import json; print(json.dumps(c.facts_of('sm_90', 'plain forward')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        check=True,
+    )
+    (found,) = json.loads(done.stdout).values()
+    assert found["stack"] > 0 or found["spills"] > 0
