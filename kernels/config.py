@@ -56,9 +56,10 @@ class Shrink:
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    MAX_BLOCK_R: int = 128
 
     def block_r(self, columns: int) -> int:
-        return min(128, _power_of_2(columns))
+        return min(self.MAX_BLOCK_R, _power_of_2(columns))
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,10 @@ class RankGrad:
     BLOCK_C: int
     num_warps: int
     num_stages: int
+    MAX_BLOCK_R: int = 128
 
     def block_r(self, r: int) -> int:
-        return min(128, _power_of_2(r))
+        return min(self.MAX_BLOCK_R, _power_of_2(r))
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,35 @@ def choose_product(
     masked_output: the adapter term is masked (dX of dropout). describable: x, w and y can be
     addressed by tensor descriptors; adapter_describable: so can a, in x's dtype.
     """
+    return _choose_product(
+        PATH,
+        device,
+        bits,
+        M,
+        N,
+        K,
+        r,
+        dropout,
+        masked_output,
+        describable,
+        adapter_describable,
+    )
+
+
+@functools.lru_cache(maxsize=65536)
+def _choose_product(
+    path: str,
+    device: Device,
+    bits: int,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dropout: bool,
+    masked_output: bool,
+    describable: bool,
+    adapter_describable: bool,
+) -> Product:
     can = {
         "decode": M <= MAX_DECODE[bits][0] and r <= MAX_DECODE[bits][1],
         "single": r <= MAX_SINGLE_RANK,
@@ -272,7 +303,7 @@ def choose_product(
     can["producer"] = can["serial"] and adapter_describable and can["single"]
     if dropout or masked_output:
         can["decode"] = can["single"] = can["producer"] = False
-    path, reason = _path(device, bits, M, N, K, r, can)
+    path, reason = _path(path, device, bits, M, N, K, r, can)
     if path == "decode":
         return Product(path, reason, decode=select("decode", device, bits, M, N, K, r))
     if path == "single":
@@ -288,13 +319,13 @@ def choose_product(
 
 
 def _path(
-    device: Device, bits: int, M: int, N: int, K: int, r: int, can: dict[str, bool]
+    forced: str, device: Device, bits: int, M: int, N: int, K: int, r: int, can: dict[str, bool]
 ) -> tuple[str, str]:
-    if PATH != "auto":
-        if PATH not in PATHS:
-            raise ValueError(f"FUSED_LORA_PATH must be auto or one of {PATHS}: got {PATH!r}")
-        if can[PATH]:
-            return PATH, f"forced by FUSED_LORA_PATH={PATH}"
+    if forced != "auto":
+        if forced not in PATHS:
+            raise ValueError(f"FUSED_LORA_PATH must be auto or one of {PATHS}: got {forced!r}")
+        if can[forced]:
+            return forced, f"forced by FUSED_LORA_PATH={forced}"
     measured = tuned(device.name, triton_minor()).get(("path", bits, bucket(M), N, K, r))
     if measured is not None and can[measured]:
         return measured, "measured on this GPU"

@@ -7,6 +7,7 @@ through as the left operand and the tokens are the right one: a tile is transpos
 
 import triton
 import triton.language as tl
+
 from fused_lora.kernels.launch import cdiv, launch
 
 
@@ -29,7 +30,6 @@ def decode_kernel(
     r,
     columns,
     steps_per_split,
-    scale,
     stride_xm,
     stride_wk,
     stride_wn,
@@ -39,6 +39,7 @@ def decode_kernel(
     stride_bn,
     stride_sm,
     stride_ym,
+    scale,
     HAS_BIAS: tl.constexpr,
     HAS_SCALING: tl.constexpr,
     STORE_S: tl.constexpr,
@@ -208,7 +209,6 @@ def decode(
             r,
             0 if S is None else S.shape[1],
             cdiv(cdiv(K, config.BLOCK_K), config.SPLITS),
-            float(scale),
             x.stride(0),
             *w.stride(),
             *a.stride(),
@@ -216,6 +216,7 @@ def decode(
             0 if S is None else S.stride(0),
             y.stride(0),
         ),
+        (float(scale),),
         (
             bias is not None,
             scaling is not None,

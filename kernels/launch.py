@@ -27,41 +27,29 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def launch(kernel, grid, tensors, scalars, constexprs, config, *, pdl=False) -> None:
-    """Run `kernel(*tensors, *scalars, *constexprs)` on the current device and stream.
+def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=False) -> None:
+    """Run `kernel(*tensors, *integers, *floats, *constexprs)` on the current device and stream.
 
     tensors: torch tensors, None, or (tensor, block_shape) for a tensor descriptor.
-    scalars: ints and floats. constexprs: hashable values, in the order of the signature.
     config: carries num_warps and num_stages. pdl: programmatic dependent launch.
     """
-    arguments = []
-    key = [kernel, constexprs, config.num_warps, config.num_stages, pdl]
-    for tensor in tensors:
-        if tensor is None:
-            arguments.append(None)
-            key.append(None)
-        elif type(tensor) is tuple:
-            base, block_shape = tensor
-            arguments.append(_descriptor(base, block_shape))
-            key.append((base.dtype, block_shape))
-        else:
-            arguments.append(tensor)
-            key.append((tensor.dtype, tensor.data_ptr() % 16 == 0))
-    for scalar in scalars:
-        # a float's value never changes what is compiled, an int's may
-        key.append(float if type(scalar) is float else scalar)
-    device = driver.active.get_current_device() if not INTERPRETING else 0
-    key.append(device)
-    key = tuple(key)
+    if INTERPRETING:
+        _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, pdl)
+        return
+    device = driver.active.get_current_device()
+    kinds = [
+        None
+        if tensor is None
+        else (tensor[0].dtype, tensor[1])
+        if type(tensor) is tuple
+        else (tensor.dtype, tensor.data_ptr() % 16 == 0)
+        for tensor in tensors
+    ]
+    key = (id(kernel), device, config.num_warps, config.num_stages, pdl, integers, constexprs)
+    key += tuple(kinds)
     compiled = _plans.get(key)
-    knobs = triton.knobs.runtime
-    if compiled is None or knobs.launch_enter_hook is not None:
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-        if pdl:
-            options["launch_pdl"] = True
-        compiled = kernel[grid](*arguments, *scalars, *constexprs, **options)
-        if INTERPRETING:
-            return
+    if compiled is None or _profiled():
+        compiled = _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, pdl)
         if len(_plans) >= MAX_PLANS:
             _plans.clear()
         _plans[key] = compiled
@@ -74,24 +62,38 @@ def launch(kernel, grid, tensors, scalars, constexprs, config, *, pdl=False) -> 
         None,
         None,
         None,
-        *arguments,
-        *scalars,
+        *[_Descriptor(*t) if type(t) is tuple else t for t in tensors],
+        *integers,
+        *floats,
         *constexprs,
     )
 
 
-def _descriptor(base: torch.Tensor, block_shape: tuple[int, ...]) -> TensorDescriptor:
-    """A host-side tensor descriptor without TensorDescriptor's checks: `describable` made them."""
-    if INTERPRETING:
-        return TensorDescriptor.from_tensor(base, list(block_shape))
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.base = base
-    descriptor.shape = base.shape
-    descriptor.strides = base.stride()
-    descriptor.block_shape = list(block_shape)
-    descriptor.padding = "zero"
-    descriptor.round_f32_to_tf32 = False
-    return descriptor
+def _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, pdl):
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
+    if pdl:
+        options["launch_pdl"] = True
+    arguments = [
+        TensorDescriptor.from_tensor(t[0], list(t[1])) if type(t) is tuple else t for t in tensors
+    ]
+    return kernel[grid](*arguments, *integers, *floats, *constexprs, **options)
+
+
+def _profiled() -> bool:
+    """Whether a profiler listens to launches: it gets its metadata from Triton's own path."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return bool(hook is not None and getattr(hook, "calls", True))
+
+
+class _Descriptor(TensorDescriptor):
+    """A host-side tensor descriptor without TensorDescriptor's checks: the first launch made them,
+    and `describable` makes those that depend on the address."""
+
+    def __init__(self, base: torch.Tensor, block_shape: tuple[int, ...]) -> None:
+        self.base = base
+        self.shape = base.shape
+        self.strides = base.stride()
+        self.block_shape = block_shape
 
 
 def describable(tensor: torch.Tensor) -> bool:

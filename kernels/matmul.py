@@ -8,6 +8,7 @@ for Hopper and newer, is in `matmul_descriptor.py`.
 
 import triton
 import triton.language as tl
+
 from fused_lora.kernels import dropout
 from fused_lora.kernels.launch import cdiv, launch
 
@@ -38,8 +39,6 @@ def matmul_kernel(
     K,
     r,
     columns,
-    scale,
-    keep_scale,
     stride_xm,
     stride_wk,
     stride_wn,
@@ -50,6 +49,8 @@ def matmul_kernel(
     stride_sm,
     stride_mm,
     stride_ym,
+    scale,
+    keep_scale,
     ADAPTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALING: tl.constexpr,
@@ -224,8 +225,6 @@ def matmul(
             K,
             r,
             0 if S is None else S.shape[1],
-            float(scale),
-            float(keep_scale),
             x.stride(0),
             *w.stride(),
             *(a.stride() if single else (0, 0)),
@@ -234,6 +233,7 @@ def matmul(
             0 if mask is None else mask.stride(0),
             y.stride(0),
         ),
+        (float(scale), float(keep_scale)),
         (
             "none" if b is None else "single" if single else "given",
             bias is not None,

@@ -8,6 +8,7 @@ program multiplies X and W while shrink still runs, and waits only before it nee
 
 import triton
 import triton.language as tl
+
 from fused_lora.kernels.launch import cdiv, launch
 from fused_lora.kernels.matmul import tile_of
 
@@ -118,6 +119,7 @@ def descriptor_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, p
             bias,
         ),
         (M, N, K),
+        (),
         (
             1 if b is None else 2,
             transposed,

@@ -7,6 +7,7 @@ every run.
 
 import triton
 import triton.language as tl
+
 from fused_lora.kernels import dropout
 from fused_lora.kernels.launch import cdiv, launch
 
@@ -28,7 +29,6 @@ def rank_grad_kernel(
     r,
     rows_per_split,
     tiles_A,
-    keep_scale,
     stride_xm,
     stride_dsm,
     stride_dar,
@@ -38,6 +38,7 @@ def rank_grad_kernel(
     stride_dbr,
     stride_dbn,
     stride_mm,
+    keep_scale,
     WANT_A: tl.constexpr,
     WANT_B: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -251,7 +252,6 @@ def rank_grad(
             r,
             rows_per_split,
             tiles_A,
-            float(keep_scale),
             x.stride(0) if want_A else 0,
             dS.stride(0) if want_A else 0,
             *(dA.stride() if want_A else (0, 0)),
@@ -260,6 +260,7 @@ def rank_grad(
             *(dB.stride()[::-1] if want_B else (0, 0)),
             0 if mask is None else mask.stride(0),
         ),
+        (float(keep_scale),),
         (
             want_A,
             want_B,

@@ -7,6 +7,7 @@ descriptor matmul and zeroes the counters of rank_grad.
 
 import triton
 import triton.language as tl
+
 from fused_lora.kernels import dropout
 from fused_lora.kernels.launch import cdiv, launch
 
@@ -32,7 +33,6 @@ def shrink_kernel(
     source_columns,
     packed_columns,
     counters,
-    scale,
     threshold,
     stride_xm,
     stride_ar,
@@ -41,6 +41,7 @@ def shrink_kernel(
     stride_mm,
     stride_source_row,
     stride_source_column,
+    scale,
     HAS_SCALING: tl.constexpr,
     DROPOUT: tl.constexpr,
     STORE_MASK: tl.constexpr,
@@ -201,7 +202,6 @@ def shrink(
             *(source.shape if source is not None else (0, 0)),
             0 if packed is None else packed.shape[1],
             0 if counters is None else counters.numel(),
-            float(scale),
             threshold,
             x.stride(0),
             a.stride(0),
@@ -210,6 +210,7 @@ def shrink(
             0 if mask is None else mask.stride(0),
             *(source.stride() if source is not None else (0, 0)),
         ),
+        (float(scale),),
         (
             scaling is not None,
             seed is not None,

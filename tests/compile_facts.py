@@ -49,9 +49,10 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def compile_launch(target, kernel, tensors, scalars, constexprs, tiles, pdl):
+def compile_launch(target, kernel, tensors, integers, floats, constexprs, tiles, pdl):
     """The compiled kernel that `launch` would run on `target` for these arguments."""
     signature, constants, attributes = {}, {}, {}
+    scalars = (*integers, *floats)
     unspecialized = set(kernel.do_not_specialize)
     for index, (name, value) in enumerate(
         zip(kernel.arg_names, (*tensors, *scalars, *constexprs), strict=True)
@@ -255,8 +256,8 @@ def facts_of(target: str, only: str = "") -> dict:
     )
     pending: list = []
     for module in (shrink, matmul, matmul_descriptor, matmul_producer, rank_grad, decode):
-        module.launch = lambda kernel, grid, tensors, scalars, constexprs, tiles, pdl=False: (
-            pending.append((kernel, tensors, scalars, constexprs, tiles, pdl))
+        module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
+            (kernel, *arguments, pdl)
         )
     for bits in (16, 32):
         for name in launches(target, bits):
@@ -269,7 +270,7 @@ def facts_of(target: str, only: str = "") -> dict:
             except Exception as error:  # reported as a fact: the test shows which case it is
                 facts[case] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
                 continue
-            facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[4])}
+            facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[5])}
             if gpu.backend == "hip":
                 facts[case] |= hip_facts(compiled)
             else:
