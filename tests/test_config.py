@@ -1,0 +1,153 @@
+"""The choice of kernels and tiles is a pure function: tested for GPUs that are not there."""
+
+import json
+
+import pytest
+
+from fused_lora.kernels import config
+
+H100 = config.Device("NVIDIA H100 80GB HBM3", "cuda", 90, 132)
+A100 = config.Device("NVIDIA A100-SXM4-80GB", "cuda", 80, 108)
+RTX5090 = config.Device("NVIDIA GeForce RTX 5090", "cuda", 120, 170)
+MI300 = config.Device("AMD Instinct MI300X", "hip", 94, 304)
+
+
+def choose(device, M, N, K, r, bits=16, **changes):
+    options = {
+        "dropout": False,
+        "masked_output": False,
+        "describable": True,
+        "adapter_describable": True,
+        **changes,
+    }
+    return config.choose_product(device, bits, M, N, K, r, **options)
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Write a measured table for a device; configuration files are read anew."""
+
+    def write(device, entries, triton=None):
+        (tmp_path / "default.json").write_text((config.TUNED / "default.json").read_text())
+        content = {"triton": triton or config.triton_minor(), "measured": True, "entries": entries}
+        (tmp_path / f"{config.file_name(device.name)}.json").write_text(json.dumps(content))
+        monkeypatch.setattr(config, "TUNED", tmp_path)
+        for cached in (config.tuned, config._choose_product):
+            cached.cache_clear()
+
+    yield write
+    for cached in (config.tuned, config._choose_product):
+        cached.cache_clear()
+
+
+def test_training_shapes_on_hopper_hide_shrink_behind_the_descriptor_matmul():
+    plan = choose(H100, 8192, 4096, 4096, 16)
+    assert plan.path == "pdl"
+    assert (plan.matmul.BLOCK_M, plan.matmul.BLOCK_N) == (128, 256)
+    assert plan.launches == 2 and plan.memsets == 0
+
+
+def test_shrink_takes_the_idle_sms_of_the_last_wave_or_all():
+    # 64 x 16 tiles on 132 SMs leave 32 idle in the last wave; 8192 rows are 64 blocks
+    plan = choose(H100, 8192, 4096, 4096, 16)
+    assert plan.shrink_programs == 32
+    # one wave of 64 x 4 tiles leaves 8 idle, far too few for 64 blocks: all of them
+    assert choose(H100, 8192, 1024, 4096, 16).shrink_programs == 64
+
+
+def test_few_tokens_take_one_decode_launch():
+    assert choose(H100, 1, 4096, 4096, 16).path == "decode"
+    assert choose(H100, 64, 4096, 4096, 64).path == "decode"
+    assert choose(H100, 65, 4096, 4096, 16).path == "pdl"
+    assert choose(H100, 16, 4096, 4096, 128).path == "pdl"
+
+
+def test_dropout_never_takes_a_path_that_cannot_mask():
+    assert choose(H100, 1, 4096, 4096, 16, dropout=True).path == "pdl"
+    assert choose(H100, 8192, 4096, 4096, 16, masked_output=True).path == "portable"
+    assert choose(A100, 8, 4096, 4096, 8, masked_output=True).path == "portable"
+
+
+def test_what_tma_cannot_address_takes_the_portable_kernel():
+    assert choose(H100, 8192, 4095, 4096, 64, describable=False).path == "portable"
+    assert choose(H100, 8192, 4096, 4096, 64, bits=32).path == "portable"
+
+
+def test_low_ranks_without_descriptors_take_a_single_launch():
+    assert choose(A100, 8192, 4096, 4096, 16).path == "single"
+    assert choose(A100, 8192, 4096, 4096, 64).path == "portable"
+    assert choose(RTX5090, 8192, 4096, 4096, 8).path == "single"
+
+
+@pytest.mark.parametrize("device", [H100, A100, RTX5090, MI300, config.INTERPRETER])
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("M", [1, 7, 64, 65, 8192, 2**20])
+@pytest.mark.parametrize("r", [1, 16, 33, 256])
+def test_every_device_and_size_has_a_plan(device, bits, M, r):
+    plan = choose(device, M, 4097, 50, r, bits=bits, describable=False)
+    assert plan.path in config.PATHS
+    assert plan.shrink_programs >= 0
+    tiles = config.select("rank_grad", device, bits, M, 4097, 50, r)
+    assert config.rank_grad_splits(device, 66, M, tiles) >= 1
+
+
+def test_unknown_gpus_take_the_defaults_of_the_nearest_older_architecture():
+    future = config.Device("NVIDIA X900", "cuda", 210, 200)
+    assert config.target_of(future) == "sm_120"
+    assert config.target_of(config.Device("old", "cuda", 75, 40)) == "sm_80"
+    assert config.target_of(config.Device("L4", "cuda", 89, 58)) == "sm_89"
+    assert config.target_of(config.Device("Orin", "cuda", 87, 16)) == "sm_86"
+
+
+def test_a_measured_table_wins_for_its_sizes_alone(table):
+    tiles = {**vars(config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]), "num_stages": 2}
+    key = {"bits": 16, "M": 8192, "N": 4096, "K": 4096, "r": 16}
+    table(
+        H100,
+        [
+            {"op": "matmul_descriptor", **key, "config": tiles},
+            {"op": "path", **key, "choice": "serial"},
+            {"op": "backend", **key, "choice": "aten"},
+        ],
+    )
+    plan = choose(H100, 8000, 4096, 4096, 16)  # the bucket of 8192
+    assert plan.path == "serial" and plan.matmul.num_stages == 2
+    assert choose(H100, 8193, 4096, 4096, 16).path == "pdl"
+    assert config.choose_backend(H100, 16, 8192, 4096, 4096, 16) == "aten"
+    assert config.choose_backend(H100, 16, 8192, 4096, 4096, 32) == "triton"
+
+
+def test_a_table_of_another_triton_is_not_used(table):
+    key = {"bits": 16, "M": 8192, "N": 4096, "K": 4096, "r": 16}
+    table(H100, [{"op": "path", **key, "choice": "serial"}], triton="2.0")
+    assert choose(H100, 8192, 4096, 4096, 16).path == "pdl"
+
+
+def test_a_forced_path_is_taken_where_it_can_run(monkeypatch):
+    for path in config.PATHS:
+        monkeypatch.setattr(config, "PATH", path)
+        assert choose(H100, 32, 4096, 4096, 16).path == path
+    monkeypatch.setattr(config, "PATH", "single")
+    assert choose(H100, 32, 4096, 4096, 128).path == "pdl"
+    monkeypatch.setattr(config, "PATH", "fastest")
+    with pytest.raises(ValueError, match="FUSED_LORA_PATH must be auto or one of"):
+        choose(H100, 33, 4096, 4096, 16)
+
+
+def test_auto_takes_the_kernels_only_where_they_are_built_for():
+    sizes = (8192, 4096, 4096, 16)
+    assert config.choose_backend(H100, 16, *sizes) == "triton"
+    assert config.choose_backend(H100, 32, *sizes) == "aten"
+    assert config.choose_backend(A100, 16, *sizes) == "aten"
+    assert config.choose_backend(None, 16, *sizes) == "aten"
+
+
+def test_wave_quantisation_decides_between_tiles():
+    # M=2048, N=1024: 64 tiles of 128 x 256 fill half the device, 128 of 128 x 128 nearly all of it
+    assert choose(H100, 2048, 1024, 4096, 16).matmul.BLOCK_N == 128
+    assert choose(H100, 8192, 4096, 4096, 16).matmul.BLOCK_N == 256
+
+
+def test_shipped_defaults_say_that_they_are_not_measured():
+    content = json.loads((config.TUNED / "default.json").read_text())
+    assert content["measured"] is False
