@@ -345,7 +345,7 @@ def _bits(x: Tensor) -> int:
 
 def _precision(x: Tensor) -> str:
     """How fp32 operands are multiplied: torch's own setting for its fp32 matrix products."""
-    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 

@@ -78,8 +78,10 @@ def matmul_kernel(
     inside_n = (offs_n < N)[None, :]
     x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
     w_columns = w_ptr + offs_n.to(tl.int64)[None, :] * stride_wn
-    b_columns = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
-    s_rows = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm
+    if ADAPTER != "none":
+        b_columns = b_ptr + offs_n.to(tl.int64)[None, :] * stride_bn
+    if ADAPTER == "given" or STORE_S:
+        s_rows = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # [M, N]
     if DROPOUT:  # the masked adapter term first, the main product on top: one accumulator
