@@ -71,9 +71,10 @@ class Matmul:
     num_warps: int
     num_stages: int
     STORE_PARTS: int = 1  # descriptor kernel: y leaves in this many column parts
+    MAX_BLOCK_R: int = 64  # ranks a step takes when S is given
 
     def block_r(self, r: int, single: bool) -> int:
-        return _power_of_2(r) if single else min(64, _power_of_2(r))
+        return _power_of_2(r) if single else min(self.MAX_BLOCK_R, _power_of_2(r))
 
 
 @dataclass(frozen=True)
