@@ -1,0 +1,240 @@
+"""Promises that only a GPU can keep or break: ordering, graphs, streams, devices, repetition."""
+
+import functools
+
+import pytest
+import torch
+
+from fused_lora import FusedLoRALinear, lora_linear, testing
+from fused_lora.kernels import config, decode, matmul_descriptor, matmul_producer, rank_grad
+from fused_lora.kernels.launch import cdiv, launch
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+
+pytestmark = pytest.mark.gpu
+
+fused = functools.partial(lora_linear, backend="triton")
+M, N, K, R = 512, 1024, 768, 16
+
+
+def hopper():
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        pytest.skip("the descriptor matmul needs Hopper or datacentre Blackwell")
+
+
+def bf16(*shape):
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+@triton.jit
+def _late_copy(source_ptr, target_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.constexpr):
+    """What a very slow shrink does: lets its dependent start, waits, then writes."""
+    tl.extra.cuda.gdc_launch_dependents()
+    start = tl.extra.cuda.globaltimer()
+    while tl.extra.cuda.globaltimer() - start < NANOSECONDS:
+        pass
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < n), mask=offs < n)
+
+
+def _behind_a_slow_shrink(pdl):
+    """y of the descriptor matmul launched right behind a shrink that writes S late, and the truth."""
+    tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
+    x, weight, B, S = bf16(M, K), bf16(N, K), bf16(N, R), bf16(M, R)
+    late, y = torch.full_like(S, float("nan")), torch.empty(M, N, device="cuda", dtype=x.dtype)
+    torch.cuda.synchronize()
+    _late_copy[(cdiv(S.numel(), 1024),)](S, late, S.numel(), 2_000_000, 1024)
+    matmul_descriptor.descriptor_matmul(x, weight.t(), y, tiles, 132, b=B.t(), S=late, pdl=pdl)
+    torch.cuda.synchronize()
+    return y.double(), x.double() @ weight.double().t() + S.double() @ B.double().t()
+
+
+def test_the_matmul_waits_for_a_delayed_shrink():
+    hopper()
+    _behind_a_slow_shrink(pdl=True)  # compiles: the second time nothing stands between the launches
+    for _ in range(5):
+        y, exact = _behind_a_slow_shrink(pdl=True)
+        assert (y - exact).norm() <= 2**-7 * exact.norm()
+
+
+def test_without_the_wait_the_delayed_shrink_is_noticed(monkeypatch):
+    """The control: launched early but never waiting, it must read the NaNs."""
+    hopper()
+    early = functools.partial(launch, pdl=True)
+    monkeypatch.setattr(matmul_descriptor, "launch", lambda *arguments, pdl: early(*arguments))
+    _behind_a_slow_shrink(pdl=False)
+    y, _ = _behind_a_slow_shrink(pdl=False)
+    assert y.isnan().any()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("tokens", [16, 512])
+def test_a_graph_replays_with_changed_inputs_and_draws_new_masks(tokens, dropout_p):
+    layer = FusedLoRALinear(
+        K,
+        N,
+        dtype=torch.bfloat16,
+        device="cuda",
+        r=R,
+        lora_dropout=dropout_p,
+        init_lora_weights=False,
+        backend="triton",
+    )
+    x = bf16(tokens, K).requires_grad_()
+    dy = bf16(tokens, N)
+
+    def step():
+        y = layer(x)
+        return y, *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    results = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            x.copy_(bf16(tokens, K) * (seed + 1))
+            layer.lora_B.mul_(1.5)
+        graph.replay()
+        torch.cuda.synchronize()
+        results.append([t.clone() for t in captured])
+        if dropout_p == 0.0:
+            for replayed, eager in zip(results[-1], step(), strict=True):
+                assert torch.equal(replayed, eager)
+    if dropout_p > 0.0:
+        graph.replay()
+        torch.cuda.synchronize()
+        assert not torch.equal(captured[0], results[-1][0])
+
+
+def test_two_streams_at_once_do_not_disturb_each_other():
+    cases = [
+        testing.make_case(tokens, N, K, R, torch.bfloat16, seed=i, device="cuda")
+        for i, tokens in enumerate((16, M))
+    ]
+    alone = [testing.gradients(fused, *case.tensors()) for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        together = []
+        for case, stream in zip(cases, streams, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(testing.gradients(fused, *case.tensors()))
+        torch.cuda.synchronize()
+        for mine, reference in zip(together, alone, strict=True):
+            assert all(torch.equal(mine[name], reference[name]) for name in reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["rank_grad", "decode", "producer"])
+def test_ten_thousand_launches_are_bit_equal(kernel):
+    x, dy, weight, S = bf16(M, K), bf16(M, N), bf16(N, K), bf16(M, R)
+    A, B = bf16(R, K), bf16(N, R)
+    float32 = {"device": "cuda", "dtype": torch.float32}
+    counters = torch.zeros(4096, device="cuda", dtype=torch.int32)
+
+    def run():
+        counters.zero_()
+        device = config.device_of(0)
+        if kernel == "rank_grad":
+            tiles = config.select("rank_grad", device, 16, M, N, K, R)
+            dA, dB = torch.empty_like(A), torch.empty_like(B)
+            counts = rank_grad.tile_counts(K, N, R, tiles, True, True)
+            partial = torch.empty(rank_grad.partial_elements(counts, 4, R, tiles), **float32)
+            rank_grad.rank_grad(
+                tiles,
+                4,
+                M,
+                R,
+                x=x,
+                dS=S,
+                dA=dA,
+                dY=dy,
+                S=S,
+                dB=dB,
+                partial=partial,
+                counters=counters,
+            )
+            return dA, dB
+        if kernel == "decode":
+            tiles = next(
+                t
+                for t in config.defaults()[config.target_of(device)]["16"]["decode"]
+                if t.SPLITS == 4
+            )
+            y, few = torch.empty(16, N, device="cuda", dtype=x.dtype), x[:16]
+            sizes = decode.workspace(16, N, R, tiles)
+            decode.decode(
+                few,
+                weight.t(),
+                A,
+                B.t(),
+                y,
+                tiles,
+                partial=torch.empty(sizes[0], **float32),
+                partial_s=torch.empty(sizes[1], **float32),
+                counters=counters,
+            )
+            return (y,)
+        hopper()
+        tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
+        y, own_S = torch.empty_like(dy), torch.empty_like(S)
+        matmul_producer.producer_matmul(
+            x, weight.t(), A, B.t(), y, own_S, counters, tiles, device.sm_count
+        )
+        return y, own_S
+
+    first = run()
+    for _ in range(10_000):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_on_another_device_than_the_current_one():
+    case = testing.make_case(100, 64, 128, 8, torch.bfloat16, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert not testing.violations_of(fused, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("path_name", config.PATHS)
+def test_training_sizes_are_right_on_every_path(dtype, path_name, path):
+    path(path_name)
+    for tokens in (64, 2048):
+        case = testing.make_case(tokens, 4096, 4096, R, dtype, device="cuda", amplify=False)
+        assert not testing.violations_of(fused, case)
+
+
+def test_peak_memory_of_a_training_step_is_the_adapters_alone():
+    """Over the frozen layer: S, dS, the adapters' gradients and the split partials."""
+    tokens, size, r = 8192, 4096, 64
+    x, dy = bf16(tokens, size).requires_grad_(), bf16(tokens, size)
+    layer = FusedLoRALinear(
+        size, size, bias=False, dtype=torch.bfloat16, device="cuda", r=r, backend="triton"
+    )
+
+    def peak(call):
+        for _ in range(2):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call()
+            torch.cuda.synchronize()
+            highest = torch.cuda.max_memory_allocated() - before
+        return highest
+
+    def frozen():
+        torch.autograd.grad(torch.nn.functional.linear(x, layer.weight), x, dy)
+
+    def adapted():
+        torch.autograd.grad(layer(x), (x, layer.lora_A, layer.lora_B), dy)
+
+    assert peak(adapted) - peak(frozen) <= 24 * 2**20
