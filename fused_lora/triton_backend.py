@@ -184,7 +184,7 @@ def _adapted_product(
     M, K = x.shape
     N, r = w.shape[1], a.shape[0]
     transposed = w.stride(1) != 1
-    addressable = describable(x) and describable(y)
+    addressable = describable(x) and describable(y) and 1 in w.stride()
     if addressable and w.dtype == x.dtype:
         addressable = describable(_stored(w, transposed))
     adapter = a if transposed else a.t()  # as the descriptor kernels read it

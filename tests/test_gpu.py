@@ -39,7 +39,7 @@ def _late_copy(source_ptr, target_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.c
 
 
 def _behind_a_slow_shrink(pdl):
-    """y of the descriptor matmul launched right behind a shrink that writes S late, and the truth."""
+    """y of the descriptor matmul launched behind a shrink that writes S late, and the truth."""
     tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
     x, weight, B, S = bf16(M, K), bf16(N, K), bf16(N, R), bf16(M, R)
     late, y = torch.full_like(S, float("nan")), torch.empty(M, N, device="cuda", dtype=x.dtype)
