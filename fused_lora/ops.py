@@ -6,6 +6,7 @@ and compute: `triton_backend` (the fused kernels) or `aten_backend` (library mat
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import ModuleType
 
 import torch
@@ -23,23 +24,27 @@ except ImportError as error:  # no triton on this platform: aten only
 
 def why_not_triton(x: Tensor) -> str | None:
     """Why the kernels cannot run on a tensor like `x`, and what to do; None if they can."""
+    return _why_not_triton(x.device, x.dtype)
+
+
+@functools.cache
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if triton_backend is None:
         return (
             f"triton cannot be imported ({_import_error}): install it (`pip install triton`, Linux "
             "only), or use backend='aten'"
         )
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels take fp32, fp16 and bf16, x is {x.dtype}: use backend='aten'"
-    if x.device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(x.device) < (8, 0):
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels take fp32, fp16 and bf16, x is {dtype}: use backend='aten'"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
             return "the kernels need compute capability 8.0 or newer: use backend='aten'"
         return None
-    if x.device.type == "cpu" and triton_backend.INTERPRETING:
+    if device.type == "cpu" and triton_backend.INTERPRETING:
         return None
     return (
-        f"x is on {x.device}, the kernels run on a GPU: move the layer there, or use "
-        "backend='aten' (for tests, TRITON_INTERPRET=1 set before the first import runs the "
-        "kernels on a CPU)"
+        f"x is on {device}, the kernels run on a GPU: move the layer there, or use backend='aten' "
+        "(for tests, TRITON_INTERPRET=1 set before the first import runs the kernels on a CPU)"
     )
 
 

@@ -215,6 +215,7 @@ def triton_minor() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
+@functools.lru_cache(maxsize=65536)
 def select(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -> Any:
     """The configuration of kernel `op` for these sizes: tuned if measured, else the default that
     the analytic rule prefers."""
@@ -368,6 +369,7 @@ def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad
     return max(1, min(wanted, _cdiv(blocks, 2)))
 
 
+@functools.lru_cache(maxsize=65536)
 def choose_backend(device: Device | None, bits: int, M: int, N: int, K: int, r: int) -> str:
     """ "triton" or "aten" for backend="auto". device None: no GPU, or Triton cannot run.
 

@@ -32,12 +32,20 @@ def table(monkeypatch, tmp_path):
         content = {"triton": triton or config.triton_minor(), "measured": True, "entries": entries}
         (tmp_path / f"{config.file_name(device.name)}.json").write_text(json.dumps(content))
         monkeypatch.setattr(config, "TUNED", tmp_path)
-        for cached in (config.tuned, config._choose_product):
+        forget()
+
+    def forget():
+        for cached in (
+            config.tuned,
+            config.select,
+            config._choose_product,
+            config.choose_backend,
+        ):
             cached.cache_clear()
 
     yield write
-    for cached in (config.tuned, config._choose_product):
-        cached.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 def test_training_shapes_on_hopper_hide_shrink_behind_the_descriptor_matmul():
