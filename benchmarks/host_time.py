@@ -1,0 +1,139 @@
+"""Host time of one call, without a GPU: the real Python, dispatch and launch path over a driver that
+does nothing.
+
+    python benchmarks/host_time.py [--output FILE.json]
+
+CPU tensors stand in for CUDA ones and `stub_cuda.c` for libcuda; kernels are compiled for an H100
+and never run. What is missing against a GPU are the driver's own microseconds in a launch. Needs a
+C compiler. On a GPU, `latency.py` reports the real host time.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPETITIONS, CALLS = 9, 1000
+
+
+def build_stub(folder: Path) -> ctypes.CDLL:
+    """Compile the stub against Triton's own cuda.h and make Triton find it as libcuda."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        sys.exit("host_time.py needs a C compiler to build its stub of libcuda: none was found")
+    import importlib.util
+
+    triton_root = Path(importlib.util.find_spec("triton").origin).parent
+    include = triton_root / "backends" / "nvidia" / "include"
+    library = folder / "libcuda.so.1"
+    source = Path(__file__).with_name("stub_cuda.c")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}", source,
+         "-o", library],
+        check=True,
+    )  # fmt: skip
+    (folder / "libcuda.so").symlink_to(library)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+def use_stub() -> None:
+    """Make Triton launch on the stub, and the library take CPU tensors for an H100's."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+    from triton.runtime import driver
+
+    from fused_lora import ops, triton_backend
+    from fused_lora.kernels import config
+
+    class StubDriver(CudaDriver):
+        def __init__(self):
+            self.utils = CudaUtils()
+            self.launcher_cls = CudaLauncher
+            self.get_device_capability = lambda device=0: (9, 0)
+            self.get_current_stream = lambda device: 0
+            self.get_current_device = lambda: 0
+            self.set_current_device = lambda device: None
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    driver.set_active(StubDriver())
+    h100 = config.Device("stub", "cuda", 90, 132)
+    triton_backend._device = lambda device: h100
+    ops.why_not_triton = lambda x: None
+
+
+def microseconds(call) -> float:
+    """Median over repetitions of the mean time of a call."""
+    for _ in range(CALLS // 5):
+        call()
+    means = []
+    for _ in range(REPETITIONS):
+        start = time.thread_time()
+        for _ in range(CALLS):
+            call()
+        means.append((time.thread_time() - start) / CALLS * 1e6)
+    return statistics.median(means)
+
+
+def measure() -> dict:
+    import torch
+    import triton
+
+    from fused_lora import FusedLoRALinear, lora_linear
+    from fused_lora.kernels import config
+
+    torch.set_num_threads(1)
+    rows = []
+    for path, tokens in (("pdl", 256), ("serial", 256), ("decode", 16), ("portable", 256)):
+        config.PATH = path
+        layer = FusedLoRALinear(512, 512, bias=False, dtype=torch.bfloat16, r=16, backend="triton")
+        x = torch.randn(tokens, 512, dtype=torch.bfloat16, requires_grad=True)
+        plain = torch.nn.functional.linear
+        tensors = (layer.weight, layer.lora_A, layer.lora_B)
+        with torch.no_grad():
+            inference = microseconds(lambda t=tensors: lora_linear(x, *t, backend="triton"))
+        rows.append(
+            {
+                "path": path,
+                "module_forward_us": microseconds(lambda m=layer: m(x)),
+                "function_no_grad_us": inference,
+                "nn_linear_us": microseconds(lambda m=layer: plain(x, m.weight)),
+            }
+        )
+    return {
+        "meta": {
+            "what": "host time over a stubbed driver: no GPU, nothing runs",
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cpu": platform.processor() or platform.machine(),
+        },
+        "rows": rows,
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    arguments = parser.parse_args()
+    os.environ["TRITON_INTERPRET"] = "0"
+    with tempfile.TemporaryDirectory() as folder:
+        build_stub(Path(folder))
+        use_stub()
+        result = measure()
+    for row in result["rows"]:
+        print(
+            "  ".join(f"{k}={v:.1f}" if isinstance(v, float) else f"{v:10}" for k, v in row.items())
+        )
+    if arguments.output:
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,229 @@
+"""Times the fused LoRA layer against merged weights and every baseline a user could train with.
+
+    python benchmarks/latency.py --quick
+
+On a GPU the kernels are measured; without one the same program measures the aten path on the CPU
+and says so. Protocol, fields and units: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import protocol
+import report
+import results
+import roofline
+import torch
+from cases import add_case_options, chosen_cases, reduced_providers
+from checks import Judge, Verdict
+from protocol import Budget, Samples
+from providers import Fused, Inputs, Provider, all_providers, random_inputs
+from results import BASE, MERGED, MERGED_AGAIN, Case, Row
+from roofline import Peaks
+
+RESULTS = Path(__file__).resolve().parent / "results"
+BUDGETS = {  # (device, --quick) -> sampling time of one case
+    ("cuda", False): Budget(seconds=4.0, min_samples=200, max_samples=400),
+    ("cuda", True): Budget(seconds=2.0, min_samples=200, max_samples=200),
+    ("cpu", False): Budget(seconds=20.0, min_samples=30, max_samples=400),
+    ("cpu", True): Budget(seconds=10.0, min_samples=20, max_samples=200),
+}
+
+
+def measure_case(
+    case: Case,
+    providers: list[Provider],
+    device: torch.device,
+    budget: Budget,
+    peaks: Peaks,
+    seed: int,
+    progress: Any,
+) -> list[Row]:
+    """Check every provider, time the accepted ones together, and make their rows."""
+    generator = torch.Generator(device).manual_seed(seed)
+    judge = Judge(case, device, generator)
+    first = random_inputs(case, device, generator)
+    count = protocol.input_sets(_operand_bytes(first), machine.cache_bytes(device))
+    sets = [first, *(random_inputs(case, device, generator) for _ in range(count - 1))]
+    verdicts, calls = {}, {}
+    with torch.set_grad_enabled(case.mode != "fwd"):
+        for provider in providers:
+            progress.set_description_str(f"{case}: checking {provider.name}")
+            verdict = verdicts[provider.name] = judge.verdict(provider)
+            if verdict.ok:
+                calls[provider.name] = [provider.build(s).call(case.mode, s.dy) for s in sets]
+            progress.update()
+        del judge
+        progress.set_description_str(f"{case}: timing")
+        samples = protocol.measure(calls, device, budget, seed)
+        peak_bytes = {name: protocol.peak_bytes(c[0], device) for name, c in calls.items()}
+        launches = {name: protocol.launches(c[0], device) for name, c in calls.items()}
+        progress.update()
+    notes = {p.name: p.explanation for p in providers if isinstance(p, Fused)}
+    return [
+        _row(case, name, verdict, notes.get(name), samples, peak_bytes, launches, peaks, seed)
+        for name, verdict in verdicts.items()
+    ]
+
+
+def _row(
+    case: Case,
+    provider: str,
+    verdict: Verdict,
+    note: str | None,
+    samples: dict[str, Samples],
+    peak_bytes: dict[str, int],
+    launches: dict[str, int | None],
+    peaks: Peaks,
+    seed: int,
+) -> Row:
+    shape = {"mode": case.mode, "M": case.M, "K": case.K, "N": case.N, "r": case.r}
+    row: dict[str, Any] = {**shape, "dtype": case.dtype, "provider": provider}
+    if not verdict.ok:
+        return Row(**row, ok=verdict.ok, note=verdict.note)
+    mine, merged, again = (samples.get(name) for name in (provider, MERGED, MERGED_AGAIN))
+    p20, p50, p80 = protocol.percentiles(mine.device_us)
+    if merged is not None:
+        merged_p50 = protocol.percentiles(merged.device_us)[1]
+        row["vs_merged"] = round(p50 / merged_p50, 4)
+        row["extra_mib"] = round((peak_bytes[provider] - peak_bytes[MERGED]) / 2**20, 3)
+        if again is not None:
+            row["noise"] = round(protocol.noise(merged.device_us, again.device_us, seed), 4)
+    has_adapter = provider not in (BASE, MERGED, MERGED_AGAIN)
+    return Row(
+        **row,
+        p20_us=round(p20, 3),
+        p50_us=round(p50, 3),
+        p80_us=round(p80, 3),
+        samples=len(mine.device_us),
+        host_p50_us=round(protocol.percentiles(mine.host_us)[1], 3),
+        tflops=round(roofline.total_flops(case, has_adapter) / p50 / 1e6, 4),
+        pct_floor=round(100 * roofline.floor_us(case, has_adapter, peaks) / p50, 2),
+        launches=launches[provider],
+        rel_l2=verdict.rel_l2,
+        rel_l2_vs_eager=verdict.rel_l2_vs_eager,
+        ok=True,
+        note=note,
+    )
+
+
+def _operand_bytes(inputs: Inputs) -> int:
+    """What even a forward without adapter reads."""
+    return inputs.x.nbytes + inputs.weight.nbytes
+
+
+class PlainProgress:
+    """The part of tqdm used here, for machines without it: a line for each step."""
+
+    def set_description_str(self, description: str) -> None:
+        print(description, file=sys.stderr, flush=True)
+
+    def write(self, text: str) -> None:
+        print(text, flush=True)
+
+    def update(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def progress_bar(total: int) -> Any:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return PlainProgress()
+    return tqdm(total=total, dynamic_ncols=True, file=sys.stderr)
+
+
+def selected(names: list[str]) -> list[Provider]:
+    """Fresh providers of these names; merged and its A/A twin are always measured."""
+    return [p for p in all_providers() if p.name in {*names, MERGED, MERGED_AGAIN}]
+
+
+def resume(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
+    """The finished rows of an interrupted run, if it ran on the same machine and code."""
+    earlier, rows = results.load(path)
+    fixed = ("device", "gpu", "cpu", "torch", "triton", "commit", "dirty", "peak_dtype")
+    differing = [name for name in fixed if earlier[name] != meta[name]]
+    if differing:
+        raise SystemExit(f"--resume: {path} was measured with another {', '.join(differing)}")
+    if earlier["command"] != meta["command"]:
+        earlier["command"] += f" ; {meta['command']}"
+    return earlier, rows
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_case_options(parser)
+    parser.add_argument(
+        "--providers", help=f"comma-separated, of: {', '.join(results.PROVIDERS)}; default all"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG")
+    parser.add_argument("--resume", type=Path, metavar="JSON", help="go on with this result file")
+    parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    args.providers = args.providers.split(",") if args.providers else None
+    unknown = set(args.providers or ()) - set(results.PROVIDERS)
+    if unknown:
+        parser.error(f"--providers: got {sorted(unknown)}, expected some of {results.PROVIDERS}")
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, print, write JSON and PNG. Returns 1 if a provider was wrong, else 0."""
+    args = parse_arguments(arguments)
+    device = machine.benchmark_device()
+    plan = chosen_cases(args, device.type)
+    print("measuring the machine's peaks ...", file=sys.stderr, flush=True)
+    meta = machine.describe(device, (plan.core or plan.rest)[0].dtype)
+    meta["command"] = f"python benchmarks/latency.py {_reported(arguments)}".strip()
+    path = args.resume or args.output / f"{machine.file_stem(device, meta['date'])}.json"
+    rows: list[Row] = []
+    if args.resume:
+        meta, rows = resume(path, meta)
+    peaks = Peaks(meta["gemm_tflops"], meta["copy_gbs"])
+    print(report.header(meta), flush=True)
+    done = set(results.by_case(rows))
+    todo = [case for case in plan.core + plan.rest if case not in done]
+    progress = progress_bar(
+        sum(len(args.providers or results.PROVIDERS) + 1 for c in todo if c in plan.core)
+        + sum(6 for case in todo if case not in plan.core)
+    )
+    budget = BUDGETS[device.type, args.quick]
+    for case in todo:
+        names = args.providers or results.PROVIDERS
+        if case in plan.rest and not args.providers:
+            names = reduced_providers(case, rows)
+        rows += measure_case(case, selected(names), device, budget, peaks, args.seed, progress)
+        results.save(path, meta, rows)
+        progress.write("\n" + report.case_table(case, results.by_case(rows)[case]))
+    progress.close()
+    print("\n" + report.loss_list(rows))
+    print(f"\nwritten: {path}")
+    if not args.no_plot:
+        picture = path.with_suffix(".png")
+        try:
+            report.plot(meta, rows, picture)
+            print(f"written: {picture}")
+        except ImportError:
+            print("plot: n/a (matplotlib is not installed)")
+    return 1 if any(row.ok is False for row in rows) else 0
+
+
+def _reported(arguments: list[str] | None) -> str:
+    """The options that shape the figures; where the files go is nobody's business."""
+    places = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--output", "--resume"):
+        places.add_argument(option)
+    places.add_argument("--no-plot", action="store_true")
+    return shlex.join(places.parse_known_args(arguments)[1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
