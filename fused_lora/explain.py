@@ -46,9 +46,13 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
         return f"{title}\n  on the meta device: nothing runs"
     # one row is enough to ask about: only sizes, strides and the dtype matter
     rows = torch.empty((1, layer.in_features), dtype=dtype, device=device).expand(tokens, -1)
+    unable = ops.why_not_triton(rows)
+    if layer.backend == "triton" and unable is not None:
+        return f"{title}\n  backend='triton' cannot run: {unable}"
     backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
     if backend == "aten":
-        why = "asked for" if layer.backend == "aten" else _why_aten(rows)
+        why = unable or "auto: the faster one by the tables, or nothing is measured"
+        why = "asked for" if layer.backend == "aten" else why
         return f"{title}\n  aten, 3 library products forward ({why})"
     lines = [title]
     drawn = layer.lora_dropout > 0.0 and layer.training
@@ -71,10 +75,6 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
         )
         lines.append(f"  {direction}: {_describe(plan)}")
     return "\n".join(lines)
-
-
-def _why_aten(rows: Tensor) -> str:
-    return ops.why_not_triton(rows) or "auto: the faster one here by the tables, or unmeasured"
 
 
 def _describe(plan: Any) -> str:

@@ -48,35 +48,11 @@ def lora_linear(
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type):
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        with torch.autocast(device_type, enabled=False):
-            return _lora_linear(
-                x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend, autocast=True
-            )
-    return _lora_linear(
-        x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed, backend, autocast=False
-    )
-
-
-def _lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    scaling: float | Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    backend: str,
-    *,
-    autocast: bool,
-) -> Tensor:
+    autocast = torch.is_autocast_enabled(device_type)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
     _check_tensors(x, weight, lora_A, lora_B, bias, autocast)
     _check_options(x, scaling, dropout_p, seed, backend)
-    if backend == "triton":
-        ops.require_triton(x)
     factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
         scaling_tensor = scaling.to(x.device, torch.float32)
@@ -179,13 +155,14 @@ def _check_options(
             raise ValueError(f"scaling must be a number or a 0-dim tensor: got {_shape(scaling)}")
         if scaling.requires_grad:
             raise ValueError("scaling requires grad, which is not supported: pass scaling.detach()")
-    if seed is not None and (
-        seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device
+    if seed is not None and not (
+        isinstance(seed, Tensor)
+        and seed.dim() == 0
+        and seed.dtype == torch.int64
+        and seed.device == x.device
     ):
-        raise ValueError(
-            f"seed must be a 0-dim int64 tensor on {x.device}: got {_shape(seed)} {seed.dtype} on "
-            f"{seed.device}"
-        )
+        got = f"{_shape(seed)} {seed.dtype} on {seed.device}" if isinstance(seed, Tensor) else seed
+        raise ValueError(f"seed must be a 0-dim int64 tensor on {x.device}: got {got!s}")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -14,6 +14,7 @@ from fused_lora.functional import BACKENDS, lora_linear
 
 InitLoRA = bool | Literal["kaiming", "gaussian"]
 _ADAPTER_KEYS = ("lora_A", "lora_B")
+_STATE_KEYS = ("weight", "bias", *_ADAPTER_KEYS, "lora_merged", "lora_base_weight")
 
 
 class FusedLoRALinear(nn.Module):
@@ -45,6 +46,8 @@ class FusedLoRALinear(nn.Module):
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
+    _base: Tensor | None
+    _merged: bool
 
     def __init__(
         self,
@@ -146,6 +149,12 @@ class FusedLoRALinear(nn.Module):
                 "init_lora_weights must be True, False, 'kaiming' or 'gaussian': got "
                 f"{init_lora_weights!r}"
             )
+        if adapter_dtype is not None and not (
+            isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point
+        ):
+            raise ValueError(
+                f"adapter_dtype must be a floating torch.dtype or None: got {adapter_dtype!r}"
+            )
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
         self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
@@ -156,8 +165,7 @@ class FusedLoRALinear(nn.Module):
         self.lora_A = nn.Parameter(weight.new_empty((r, self.in_features), dtype=dtype))
         self.lora_B = nn.Parameter(weight.new_empty((self.out_features, r), dtype=dtype))
         self._adapters_ready = False
-        self._merged = False
-        self._base: Tensor | None = None
+        self._set_base(None, merged=False)
 
     @property
     def scaling(self) -> float:
@@ -244,7 +252,7 @@ class FusedLoRALinear(nn.Module):
         elif keep_base:
             kept = base
         self.weight = nn.Parameter(self._merged_weight(), requires_grad=base.requires_grad)
-        self._base, self._merged = kept, True
+        self._set_base(kept, merged=True)
         return self
 
     def unmerge(self) -> FusedLoRALinear:
@@ -262,7 +270,7 @@ class FusedLoRALinear(nn.Module):
         if moved is not base or not isinstance(base, nn.Parameter):
             base = nn.Parameter(moved, requires_grad=self.weight.requires_grad)
         self.weight = base
-        self._base, self._merged = None, False
+        self._set_base(None, merged=False)
         return self
 
     def to_linear(self) -> nn.Linear:
@@ -326,59 +334,81 @@ class FusedLoRALinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        present = [key for key in _ADAPTER_KEYS if prefix + key in state_dict]
-        if len(present) == 1:
-            absent = next(key for key in _ADAPTER_KEYS if key not in present)
-            error_msgs.append(
-                f"{prefix}{present[0]} is in the state_dict, {prefix}{absent} is not: an adapter "
-                "has both; give both, or neither to keep the adapter as it is"
-            )
+        given = {key: state_dict[prefix + key] for key in _STATE_KEYS if prefix + key in state_dict}
+        refusal = self._refuse(given, prefix)
+        if refusal is not None:  # before anything is written
+            error_msgs.append(refusal)
             return
         state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        merged = bool(state.pop(prefix + "lora_merged", False))
-        base = state.pop(prefix + "lora_base_weight", None)
-        merged_weight = state.get(prefix + "weight") if merged else None
-        if merged and not present:
-            error_msgs.append(f"{prefix}lora_merged is in the state_dict, its adapters are not")
-            return
-        if merged_weight is not None:
-            if merged_weight.shape != (self.out_features, self.in_features):
-                error_msgs.append(
-                    f"size mismatch for {prefix}weight: got {tuple(merged_weight.shape)}, expected "
-                    f"{(self.out_features, self.in_features)}"
-                )
-                return
-            state[prefix + "weight"] = base if base is not None else merged_weight
-        if self._merged:
-            # what is loaded below belongs into a base weight, never into the merged one
+        merged = bool(given.get("lora_merged", False))
+        base = given.get("lora_base_weight")
+        for key in ("lora_merged", "lora_base_weight"):
+            state.pop(prefix + key, None)
+        optional = set() if "lora_A" in given else set(_ADAPTER_KEYS)
+        if merged:
+            # what is written in place is the base weight; the merged one gets storage of its own
+            del state[prefix + "weight"]
+            if base is not None:
+                state[prefix + "weight"] = base
+            optional.add("weight")
+        if self._merged and (merged or "weight" in given or "lora_A" in given):
             if self._base is not None:
                 self.unmerge()
             else:
-                self.weight = nn.Parameter(
-                    self.weight.detach().clone(), requires_grad=self.weight.requires_grad
-                )
-                self._merged = False
-        before = len(error_msgs)
+                self.weight = nn.Parameter(self.weight.detach().clone(), self.weight.requires_grad)
+                self._set_base(None, merged=False)
+        missing: list[str] = []
         super()._load_from_state_dict(
-            state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            state, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
-        if not present:
-            for key in _ADAPTER_KEYS:
-                missing_keys.remove(prefix + key) if prefix + key in missing_keys else None
-        for key in ("lora_merged", "lora_base_weight"):
-            if prefix + key in unexpected_keys:
-                unexpected_keys.remove(prefix + key)
-        if len(error_msgs) > before:
-            return
-        if present:
+        missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
+        if "lora_A" in given:
             self._adapters_ready = not self.lora_A.is_meta
-        if merged_weight is not None:
-            self._base = self.weight if base is not None else None
+        if merged:
+            kept = self.weight if base is not None else None
+            weight = given["weight"].detach()
             self.weight = nn.Parameter(
-                merged_weight.detach().to(self.weight.device, self.weight.dtype, copy=True),
-                requires_grad=self.weight.requires_grad,
+                weight.to(self.weight.device, self.weight.dtype, copy=True),
+                self.weight.requires_grad,
             )
-            self._merged = True
+            self._set_base(kept, merged=True)
+
+    def _refuse(self, given: dict[str, Tensor], prefix: str) -> str | None:
+        """Why these entries of a state_dict cannot be loaded, None if they can."""
+        present = [key for key in _ADAPTER_KEYS if key in given]
+        if len(present) == 1:
+            absent = next(key for key in _ADAPTER_KEYS if key not in present)
+            return (
+                f"{prefix}{present[0]} is in the state_dict, {prefix}{absent} is not: an adapter "
+                "has both; give both, or neither to keep the adapter as it is"
+            )
+        if given.get("lora_merged", False):
+            for part, key in (("adapters are", "lora_A"), ("weight is", "weight")):
+                if key not in given:
+                    return (
+                        f"{prefix}lora_merged is in the state_dict, its {part} not: give the whole "
+                        "state of a merged layer"
+                    )
+        elif self._merged and self._base is None and present and "weight" not in given:
+            return (
+                f"{prefix}weight is not in the state_dict and merge(keep_base=False) let the base "
+                "weight go: new adapters have no base weight to apply to; give it too"
+            )
+        matrix = (self.out_features, self.in_features)
+        shapes = {"weight": matrix, "lora_base_weight": matrix, "bias": matrix[:1]}
+        shapes |= {"lora_A": tuple(self.lora_A.shape), "lora_B": tuple(self.lora_B.shape)}
+        for key, shape in shapes.items():
+            if key in given and tuple(given[key].shape) != shape:
+                return (
+                    f"size mismatch for {prefix}{key}: got {tuple(given[key].shape)}, expected "
+                    f"{shape}; give a checkpoint of a layer of this size and rank"
+                )
+        return None
+
+    def _set_base(self, base: Tensor | None, *, merged: bool) -> None:
+        # past nn.Module's attribute, which would register a kept base weight as a parameter
+        object.__setattr__(self, "_base", base)
+        object.__setattr__(self, "_merged", merged)
 
 
 class _MergedWeight(torch.autograd.Function):

@@ -17,7 +17,7 @@ from fused_lora.scale import Scale, padded_rank
 
 try:
     from fused_lora import triton_backend
-except ImportError as error:  # no triton on this platform: aten only
+except (ImportError, AttributeError) as error:  # no triton here, or not one we know: aten only
     triton_backend = None  # type: ignore[assignment]
     _import_error = str(error)
 
@@ -56,7 +56,10 @@ def require_triton(x: Tensor) -> None:
 
 
 def resolve(backend: str, x: Tensor, N: int, r: int) -> str:
-    """ "triton" or "aten" for x [M, K], N outputs and rank r; "auto" asks the tables."""
+    """The backend, "triton" or "aten", for x [M, K], N outputs and rank r; "auto" asks the tables.
+    Raises RuntimeError if "triton" is asked for and cannot run."""
+    if backend == "triton":
+        require_triton(x)
     if backend != "auto":
         return backend
     if not x.is_cuda or why_not_triton(x) is not None:
@@ -98,7 +101,7 @@ def _forward(
     `for_backward`; the mask is empty without dropout."""
     backend_module = _backend(backend, x, weight.shape[0], weight, lora_A)
     scale = Scale(scaling, scaling_tensor)
-    with _on_device_of(x):
+    with _as_given(x):
         y, S, mask = backend_module.forward(
             x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, for_backward
         )
@@ -142,7 +145,7 @@ def _backward(
     needs_x, needs_weight, needs_A, needs_B, needs_bias = needs
     backend_module = _backend(backend, dy, weight.shape[1], weight, lora_A)
     scale = Scale(scaling, scaling_tensor)
-    with _on_device_of(dy):
+    with _as_given(dy):
         dx, dA, dB = backend_module.backward(
             dy, x, weight, lora_A, lora_B, S, mask, scale, dropout_p, needs_x, needs_A, needs_B
         )
@@ -183,15 +186,24 @@ torch.library.register_fake("fused_lora::forward", _forward_fake, lib=_library)
 torch.library.register_fake("fused_lora::backward", _backward_fake, lib=_library)
 
 
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be x's."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+def _as_given(x: Tensor) -> contextlib.AbstractContextManager:
+    """Compute on x's device (Triton launches on the current one) and in the dtypes at hand
+    (autocast, which `lora_linear` has applied, would cast again)."""
+    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if not elsewhere and not autocast:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(x.device))
+    if autocast:
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    return stack
 
 
 def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor) -> ModuleType:
     """The module that computes this call. Empty products have nothing to launch: aten."""
-    if x.numel() > 0 and weight.numel() > 0 and resolve(backend, x, N, lora_A.shape[0]) == "triton":
+    chosen = resolve(backend, x, N, lora_A.shape[0])
+    if chosen == "triton" and x.numel() > 0 and weight.numel() > 0:
         return triton_backend
     return aten_backend
