@@ -53,6 +53,8 @@ def lora_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check_tensors(x, weight, lora_A, lora_B, bias, autocast)
     _check_options(x, scaling, dropout_p, seed, backend)
+    if backend == "triton" and not torch.compiler.is_compiling():
+        ops.require_triton(x)  # before a seed is drawn; compiled code learns it from the operator
     factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
         scaling_tensor = scaling.to(x.device, torch.float32)
@@ -155,14 +157,13 @@ def _check_options(
             raise ValueError(f"scaling must be a number or a 0-dim tensor: got {_shape(scaling)}")
         if scaling.requires_grad:
             raise ValueError("scaling requires grad, which is not supported: pass scaling.detach()")
-    if seed is not None and not (
-        isinstance(seed, Tensor)
-        and seed.dim() == 0
-        and seed.dtype == torch.int64
-        and seed.device == x.device
-    ):
-        got = f"{_shape(seed)} {seed.dtype} on {seed.device}" if isinstance(seed, Tensor) else seed
-        raise ValueError(f"seed must be a 0-dim int64 tensor on {x.device}: got {got!s}")
+    if seed is None:
+        return
+    expected = f"seed must be a 0-dim int64 tensor on {x.device}"
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"{expected}: got {seed!r}; make it torch.tensor({seed!r})")
+    if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device:
+        raise ValueError(f"{expected}: got {_shape(seed)} {seed.dtype} on {seed.device}")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -152,8 +152,8 @@ class FusedLoRALinear(nn.Module):
         if adapter_dtype is not None and not (
             isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point
         ):
-            raise ValueError(
-                f"adapter_dtype must be a floating torch.dtype or None: got {adapter_dtype!r}"
+            raise TypeError(
+                f"adapter_dtype must be None or a floating dtype: got {adapter_dtype!r}"
             )
         self.out_features, self.in_features = weight.shape
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout

@@ -1,0 +1,230 @@
+"""The dropout mask: the right random bits, everywhere the same, on the adapter's input only."""
+
+from functools import partial
+
+import pytest
+import torch
+from shapes import BF16, DTYPES, FP16, FP32, force_path
+
+from fused_lora import FusedLoRALinear, dropout, lora_linear, reference
+from fused_lora.testing import check, eager_gradients, exact_gradients, gradients, make_case
+
+pytestmark = pytest.mark.kernels
+
+P = (0.05, 0.5, 0.9)
+ALL_ONES = 0xFFFFFFFF
+LAYERS = {name: partial(lora_linear, backend=name) for name in ("triton", "aten")}
+
+
+def philox4x32_10(counter, key):
+    """Philox in Python's integers, after Salmon et al. 2011: four words."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k[0], b & ALL_ONES, (a >> 32) ^ c[3] ^ k[1], a & ALL_ONES]
+        k = [(k[0] + 0x9E3779B9) & ALL_ONES, (k[1] + 0xBB67AE85) & ALL_ONES]
+    return c
+
+
+def specified_mask(seed, rows, columns, p):
+    """keep[row, column] as docs and docstrings define it, element by element."""
+    key = seed & ALL_ONES, (seed >> 32) & ALL_ONES
+    mask = torch.empty(rows, columns, dtype=torch.bool)
+    for row in range(rows):
+        for column in range(columns):
+            words = philox4x32_10((column // 8, row, 0, 0), key)
+            half = (words[column % 8 // 2] >> 16 * (column % 2)) & 0xFFFF
+            mask[row, column] = half >= round(65536 * p)
+    return mask
+
+
+def five_deviations(count, chance):
+    """Of the mean of `count` independent draws of this chance: passed once in two million."""
+    return 5 * (chance * (1 - chance) / count) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    (
+        (0, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        (ALL_ONES, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+    ),
+)
+def test_philox_gives_the_published_known_answers(word, answer):
+    assert philox4x32_10([word] * 4, [word] * 2) == answer
+
+
+def test_the_library_draws_philox_words():
+    zero = torch.tensor(0)
+    first = [int(word[0, 0]) for word in dropout._philox(zero, 1, 1)]
+    assert first == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    for seed in (-1, 2**40 + 3, -(2**63)):
+        words = dropout._philox(torch.tensor(seed), 3, 4)
+        key = seed & ALL_ONES, (seed >> 32) & ALL_ONES
+        for row in range(3):
+            for call in range(4):
+                drawn = [int(word[row, call]) for word in words]
+                assert drawn == philox4x32_10((call, row, 0, 0), key)
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("seed", (0, -1, 0x123456789ABCDEF))
+def test_the_mask_is_the_specified_one(seed, p, device):
+    mask = dropout.keep_mask(torch.tensor(seed, device=device), 9, 21, p)
+    assert torch.equal(mask.cpu(), specified_mask(seed, 9, 21, p))
+
+
+@pytest.mark.parametrize("p", P)
+def test_the_keep_rate_is_one_minus_p(p, device):
+    for seed in range(3):
+        mask = dropout.keep_mask(torch.tensor(seed, device=device), 1000, 1000, p).double()
+        assert abs(mask.mean().item() - (1 - p)) < five_deviations(mask.numel(), p)
+        limit = 1.1 * five_deviations(1000, p)  # there are 2000 rows and columns to pass it
+        assert (mask.mean(0) - (1 - p)).abs().max() < limit
+        assert (mask.mean(1) - (1 - p)).abs().max() < limit
+
+
+@pytest.mark.parametrize("p", P)
+def test_rows_columns_and_calls_are_independent(p, device):
+    def mask(seed):
+        return dropout.keep_mask(torch.tensor(seed, device=device), 1000, 1000, p)
+
+    one, other = mask(1), mask(2)
+    high = mask(1 + 2**32)
+    pairs = {f"columns {n} apart": (one[:, n:], one[:, :-n]) for n in (1, 2, 4, 8, 16)}
+    pairs |= {f"rows {n} apart": (one[n:], one[:-n]) for n in (1, 2, 8)}
+    pairs |= {"seeds": (one, other), "high halves of seeds": (one, high)}
+    for name, (a, b) in pairs.items():
+        both = (a & b).double().mean().item()
+        expected = (1 - p) ** 2
+        # pairs overlap, which at most doubles the variance of their mean
+        assert abs(both - expected) < 2**0.5 * five_deviations(a.numel(), expected), name
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", ("portable", "serial", "aten"))
+def test_forward_dx_and_da_use_the_mask_of_the_seed(path, dtype, p, monkeypatch, device):
+    """Against the reference given the mask itself: right only if all three use it."""
+    if path != "aten":
+        force_path(monkeypatch, path)
+    layer = LAYERS["aten" if path == "aten" else "triton"]
+    for M, K, N, r in ((33, 50, 70, 3), (130, 72, 56, 16)):
+        case = make_case(M, N, K, r, dtype, seed=r, device=device)
+        seed = torch.tensor(2**50 + r, device=device)
+        mask = dropout.keep_mask(seed, M, K, p)
+        for inputs in (case, case.without_base()):
+            ours = gradients(layer, *inputs.tensors(), dropout_p=p, seed=seed)
+            eager = eager_gradients(*inputs.tensors(), dropout_p=p, mask=mask)
+            exact = exact_gradients(*inputs.tensors(), dropout_p=p, mask=mask)
+            assert check(ours, eager, exact, dtype) == []
+            without = exact_gradients(*inputs.tensors())
+            assert check(ours, eager_gradients(*inputs.tensors()), without, dtype) != []
+
+
+@pytest.mark.parametrize("backend", LAYERS)
+def test_rows_are_counted_over_all_leading_dimensions(backend, device):
+    case = make_case(33, 70, 50, 8, FP32, device=device)
+    options = {"dropout_p": 0.5, "seed": torch.tensor(4, device=device)}
+    flat = LAYERS[backend](case.x, case.weight, case.lora_A, case.lora_B, **options)
+    batch = case.x.view(3, 11, 50)
+    assert torch.equal(
+        LAYERS[backend](batch, case.weight, case.lora_A, case.lora_B, **options),
+        flat.view(3, 11, 70),
+    )
+
+
+@pytest.mark.parametrize("p", P)
+@pytest.mark.parametrize("backend", LAYERS)
+def test_dropout_leaves_the_base_alone(backend, p, device):
+    case = make_case(33, 50, 70, 8, BF16, device=device)
+    zero, arguments = torch.zeros_like(case.lora_B), (case.x, case.weight, case.lora_A)
+    dropped = LAYERS[backend](*arguments, zero, case.bias, dropout_p=p)
+    if backend == "aten":
+        assert torch.equal(dropped, torch.nn.functional.linear(case.x, case.weight, case.bias))
+    ours = {"y": dropped}
+    eager = {"y": reference.lora_linear(*arguments, zero, case.bias)}
+    double = [t.double() for t in (*arguments, zero, case.bias)]
+    assert check(ours, eager, {"y": reference.lora_linear(*double)}, BF16) == []
+
+
+@pytest.mark.parametrize("backend", LAYERS)
+@pytest.mark.parametrize("dtype", (FP32, FP16))
+def test_p_of_zero_is_no_dropout_bit_for_bit(dtype, backend, device):
+    case = make_case(33, 50, 70, 8, dtype, device=device)
+    seed = torch.tensor(1, device=device)
+    plain = gradients(LAYERS[backend], *case.tensors())
+    zero = gradients(LAYERS[backend], *case.tensors(), dropout_p=0.0, seed=seed)
+    assert all(torch.equal(plain[name], zero[name]) for name in plain)
+
+
+def layer_with_dropout(backend, device, p=0.5):
+    torch.manual_seed(3)
+    return FusedLoRALinear(
+        50,
+        70,
+        r=8,
+        lora_dropout=p,
+        init_lora_weights=False,
+        device=device,
+        backend=backend,
+    )
+
+
+@pytest.mark.parametrize("backend", LAYERS)
+def test_the_generator_reproduces_a_call_and_the_next_call_differs(backend, device):
+    layer, x = layer_with_dropout(backend, device), torch.randn(33, 50, device=device)
+    torch.manual_seed(11)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(11)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    torch.manual_seed(12)
+    assert not torch.equal(layer(x), first)
+
+
+@pytest.mark.parametrize("backend", LAYERS)
+def test_eval_mode_drops_nothing(backend, device):
+    layer, x = layer_with_dropout(backend, device), torch.randn(33, 50, device=device)
+    plain = layer_with_dropout(backend, device, p=0.0)
+    assert torch.equal(layer.eval()(x), plain(x))
+    assert not torch.equal(layer.train()(x), plain(x))
+
+
+@pytest.mark.parametrize("backend", LAYERS)
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_a_checkpoint_recomputes_the_same_mask(use_reentrant, backend, device):
+    def grads(checkpointed):
+        layer = layer_with_dropout(backend, device)
+        x = torch.randn(33, 50, device=device, requires_grad=True)
+        torch.manual_seed(5)
+        if checkpointed:
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=use_reentrant)
+        else:
+            y = layer(x)
+        torch.rand(7, device=device)  # a recomputation from here would draw another mask
+        y.square().sum().backward()
+        return y, x.grad, layer.lora_A.grad, layer.lora_B.grad
+
+    for plain, recomputed in zip(grads(False), grads(True), strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("p", (0.0, 0.5))
+@pytest.mark.parametrize("backend", LAYERS)
+def test_dropout_saves_one_bit_an_element_of_x(backend, p, device):
+    """Saved for backward: x, W, A, B, S [M, padded r], and the packed mask; nothing else."""
+    M, K, N, r = 130, 500, 70, 8
+    case = make_case(M, N, K, r, BF16, device=device)
+    tensors = [t.requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        LAYERS[backend](*tensors, dropout_p=p)
+    given = {t.untyped_storage().data_ptr() for t in tensors}
+    new = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in saved
+        if t.untyped_storage().data_ptr() not in given
+    }
+    S_bytes, mask_bytes = M * 16 * 2, M * -(-K // 8)
+    assert sum(new.values()) <= S_bytes + (mask_bytes if p else 0)

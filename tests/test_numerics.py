@@ -1,0 +1,283 @@
+"""`lora_linear` on every path of the kernels and on aten, against fp64 by the acceptance rule: y
+and all gradients, over the ragged cover, leading dimensions, strides and what is frozen."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from shapes import (
+    BF16,
+    CROSS,
+    DTYPES,
+    FEATURES,
+    FP16,
+    FP32,
+    RANKS,
+    TOKENS,
+    affordable,
+    can_describe,
+    force_path,
+    multiple_of_8,
+    pairwise,
+)
+
+from fused_lora import lora_linear, ops, reference
+from fused_lora.kernels import config
+from fused_lora.testing import check, make_case, violations_of
+
+pytestmark = pytest.mark.kernels
+
+INPUTS = ("x", "weight", "lora_A", "lora_B", "bias")
+SUBSETS = [s for n in range(6) for s in itertools.combinations(INPUTS, n)]
+TRITON, ATEN = (partial(lora_linear, backend=backend) for backend in ("triton", "aten"))
+DESCRIPTOR_PATHS = ("pdl", "serial", "producer")
+
+
+def takes(path, M, r, dtype):
+    """Whether the path can run a layer of this size, K and N multiples of 8."""
+    bits = 8 * dtype.itemsize
+    if path in DESCRIPTOR_PATHS and bits != 16:
+        return False
+    if path == "producer":  # reads lora_B by a descriptor, too
+        return r % 8 == 0 and r <= config.MAX_SINGLE_RANK
+    if path == "decode":
+        most_tokens, most_ranks = config.MAX_DECODE[bits]
+        return most_tokens >= M and r <= most_ranks
+    return path != "single" or r <= config.MAX_SINGLE_RANK
+
+
+def in_reach(M, K, N, r, dtype, path):
+    """What the interpreter computes in about a second."""
+    return affordable(M, K, N) and M * K * N <= 2**25 and takes(path, M, r, dtype)
+
+
+COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES)
+PATH_COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES, config.PATHS, allowed=in_reach)
+PATHS_AND_DTYPES = [
+    (path, dtype) for path in config.PATHS for dtype in DTYPES if takes(path, 16, 16, dtype)
+]
+
+
+@pytest.fixture
+def force(monkeypatch, device):
+    """Force a path; the list returned names the paths that the products took."""
+
+    def force(path):
+        if path in DESCRIPTOR_PATHS and not can_describe(device):
+            pytest.skip("this GPU has no tensor descriptors")
+        return force_path(monkeypatch, path)
+
+    return force
+
+
+def results(layer, case, needs=INPUTS, **options):
+    """{"y": y, name: its gradient} for the inputs named in `needs`, the others frozen."""
+    given = {name: getattr(case, name) for name in INPUTS}
+    leaves = {n: None if t is None else t.detach() for n, t in given.items()}
+    for name in needs:
+        leaves[name].requires_grad_()
+    y = layer(*leaves.values(), scaling=case.scaling, **options)
+    assert y.requires_grad == bool(needs)
+    wanted = [leaves[name] for name in needs]
+    grads = torch.autograd.grad(y, wanted, case.dy) if needs else ()
+    return {"y": y.detach(), **dict(zip(needs, grads, strict=True))}
+
+
+def violations(ours, case, floor=True, **options):
+    """The rule for what `results` returned."""
+    needs = tuple(name for name in ours if name != "y")
+    exact_case = replace(case, **{n: getattr(case, n).double() for n in (*INPUTS, "dy")})
+    eager = results(reference.lora_linear, case, needs, **options)
+    exact = results(reference.lora_linear, exact_case, needs, **options)
+    return check(ours, eager, exact, case.x.dtype, floor)
+
+
+@pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "path"), PATH_COVER)
+def test_every_path_over_the_cover(M, K, N, r, dtype, path, force, device):
+    if path in DESCRIPTOR_PATHS:
+        K, N = multiple_of_8(K), multiple_of_8(N)
+    taken = force(path)
+    case = make_case(M, N, K, r, dtype, seed=M + K + N + r, device=device)
+    assert violations_of(TRITON, case) == []
+    assert set(taken) == {path}
+
+
+@pytest.mark.parametrize(("M", "K", "N", "r", "dtype"), COVER)
+def test_aten_over_the_cover(M, K, N, r, dtype, device):
+    case = make_case(M, N, K, r, dtype, seed=M + K + N + r, device=device)
+    assert violations_of(ATEN, case) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("M", TOKENS)
+@pytest.mark.parametrize(("path", "dtype"), [*PATHS_AND_DTYPES, *(("aten", d) for d in DTYPES)])
+def test_the_full_cross_product(path, dtype, M, force, device):
+    if path != "aten":
+        force(path)
+    for tokens, K, N, r in CROSS:
+        if tokens == M and (path == "aten" or takes(path, M, r, dtype)):
+            if path in DESCRIPTOR_PATHS:
+                K, N = multiple_of_8(K), multiple_of_8(N)
+            case = make_case(M, N, K, r, dtype, device=device)
+            assert violations_of(ATEN if path == "aten" else TRITON, case) == [], (M, K, N, r)
+
+
+@pytest.mark.parametrize(("path", "dtype"), [*PATHS_AND_DTYPES, *(("aten", d) for d in DTYPES)])
+def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
+    taken = [path] if path == "aten" else force(path)
+    M = config.MAX_DECODE[8 * dtype.itemsize][0] if path == "decode" else 256
+    layer = ATEN if path == "aten" else TRITON
+    case = make_case(M, 512, 512, 16, dtype, amplify=False, device=device)
+    for inputs in (case, case.without_base()):
+        assert violations(results(layer, inputs), inputs, floor=False) == []
+    assert set(taken) == {path}
+
+
+@pytest.mark.parametrize("base", (FP16, BF16))
+@pytest.mark.parametrize("path", [p for p in config.PATHS if p != "producer"] + ["aten"])
+def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, device):
+    taken = [path] if path == "aten" else force(path)
+    layer = ATEN if path == "aten" else TRITON
+    for r in (3, 16):
+        case = make_case(33, 56, 72, r, base, adapter_dtype=FP32, device=device)
+        assert violations_of(layer, case) == []
+        ours = results(layer, case)
+        assert {name: t.dtype for name, t in ours.items()} == {
+            "y": base,
+            "x": base,
+            "weight": base,
+            "lora_A": FP32,
+            "lora_B": FP32,
+            "bias": base,
+        }
+        for name in ("lora_A", "lora_B"):
+            if path != "aten":  # straight from the accumulator, not rounded to the base's dtype
+                assert not torch.equal(ours[name], ours[name].to(base).float())
+    assert set(taken) == {path}
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.4))
+@pytest.mark.parametrize("needs", SUBSETS[1:], ids="-".join)
+def test_gradcheck_on_aten_in_fp64(needs, dropout_p, device):
+    case = make_case(3, 3, 4, 2, torch.float64, device=device, amplify=False)
+    seed = torch.tensor(7, device=device)
+    for names in (INPUTS, INPUTS[:4]):  # with and without a bias
+        tensors = [getattr(case, n).clone().requires_grad_(n in needs) for n in names]
+        if any(t.requires_grad for t in tensors):
+            options = {"scaling": 1.5, "dropout_p": dropout_p, "seed": seed}
+            assert torch.autograd.gradcheck(partial(ATEN, **options), tensors)
+
+
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+@pytest.mark.parametrize("needs", SUBSETS, ids=lambda s: "-".join(s) or "nothing")
+def test_only_the_needed_gradients_are_computed_and_right(needs, backend, monkeypatch, device):
+    computed = []
+    backward = ops.backward
+
+    def counted(*args):
+        computed.append(backward(*args))
+        return computed[-1]
+
+    monkeypatch.setattr(ops, "backward", counted)
+    case = make_case(33, 50, 70, 3, FP32, device=device)
+    ours = results(partial(lora_linear, backend=backend), case, needs)
+    assert violations(ours, case) == []
+    assert [len(grads) for grads in computed] == ([len(needs)] if needs else [])
+
+
+@pytest.mark.parametrize("path", (*config.PATHS, "aten"))
+def test_scaling_may_be_a_tensor(path, force, device):
+    taken = [path] if path == "aten" else force(path)
+    layer = ATEN if path == "aten" else TRITON
+    case = make_case(16, 56, 72, 8, BF16, device=device)
+    as_tensor = replace(case, scaling=torch.tensor(case.scaling, device=device))
+    ours = results(layer, as_tensor)
+    assert violations(ours, case) == []
+    if path != "aten":  # there the tensor is multiplied in behind the product
+        for name, plain in results(layer, case).items():
+            assert torch.equal(ours[name], plain)
+    assert set(taken) == {path}
+
+
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+@pytest.mark.parametrize("dropout_p", (0.0, 0.5))
+@pytest.mark.parametrize("leading", ((0,), (2, 0, 3)))
+def test_no_tokens_give_empty_results_and_zero_gradients(leading, dropout_p, backend, device):
+    case = make_case(0, 50, 70, 3, FP32, device=device)
+    case = replace(case, x=case.x.view(*leading, 70), dy=case.dy.view(*leading, 50))
+    ours = results(partial(lora_linear, backend=backend), case, dropout_p=dropout_p)
+    assert ours["y"].shape == (*leading, 50) and ours["x"].shape == (*leading, 70)
+    for name in INPUTS[1:]:
+        assert torch.equal(ours[name], torch.zeros_like(getattr(case, name)))
+
+
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+@pytest.mark.parametrize("leading", ((), (1,), (6,), (2, 3), (3, 1, 2)))
+def test_any_leading_dimensions(leading, backend, device):
+    M = max(1, torch.Size(leading).numel())
+    flat = make_case(M, 50, 70, 3, BF16, device=device)
+    case = replace(flat, x=flat.x.view(*leading, 70), dy=flat.dy.view(*leading, 50))
+    ours = results(partial(lora_linear, backend=backend), case)
+    assert ours["y"].shape == (*leading, 50)
+    assert violations(ours, case) == []
+
+
+def transposed(t):
+    return t.t().contiguous().t()
+
+
+def sliced(t):
+    """The same matrix as columns 3 onwards of a wider one: unaligned rows."""
+    return torch.nn.functional.pad(t, (3, 2), value=torch.nan)[:, 3:-2]
+
+
+def aligned(t):
+    return torch.nn.functional.pad(t, (8, 8), value=torch.nan)[:, 8:-8]
+
+
+def expanded(t):
+    return t.new_ones(()).expand(t.shape)
+
+
+def without_first_token(t):
+    """x[:, 1:] of a batch of sequences."""
+    return torch.nn.functional.pad(t.view(3, 11, -1), (0, 0, 1, 0), value=torch.nan)[:, 1:]
+
+
+STRIDES = {
+    "x transposed": {"x": transposed},
+    "x sliced": {"x": sliced},
+    "x sliced, aligned": {"x": aligned},
+    "x without its first tokens": {"x": without_first_token, "dy": lambda t: t.view(3, 11, -1)},
+    "weight transposed": {"weight": transposed},
+    "weight sliced": {"weight": sliced},
+    "adapters transposed": {"lora_A": transposed, "lora_B": transposed},
+    "adapters sliced": {"lora_A": sliced, "lora_B": aligned},
+    "dy transposed": {"dy": transposed},
+    "dy sliced": {"dy": sliced},
+    "dy expanded": {"dy": expanded},
+}
+
+
+@pytest.mark.parametrize("path", (*config.PATHS, "aten"))
+@pytest.mark.parametrize("strides", STRIDES)
+def test_any_strides(strides, path, force, device):
+    if path != "aten":
+        force(path)
+    case = make_case(33, 56, 72, 8, BF16, device=device)
+    changed = {name: change(getattr(case, name)) for name, change in STRIDES[strides].items()}
+    case = replace(case, **changed)
+    assert violations(results(ATEN if path == "aten" else TRITON, case), case) == []
+
+
+@pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
+def test_the_same_bits_at_every_run(path, dtype, force, device):
+    M = config.MAX_DECODE[8 * dtype.itemsize][0] if path == "decode" else 130
+    taken = force(path)
+    case = make_case(M, 56, 72, 16, dtype, device=device)
+    first, second = results(TRITON, case), results(TRITON, case)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert set(taken) == {path}

@@ -1,0 +1,291 @@
+"""Tests of the tests: bugs planted into the real kernels and launchers must break the rule.
+
+A bug is one edit of the source of a module. A copy of the module with this edit takes the place of
+the original for the length of a test.
+"""
+
+import importlib.util
+import itertools
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from shapes import (
+    DTYPES,
+    FEATURES,
+    FP32,
+    RANKS,
+    TOKENS,
+    affordable,
+    can_describe,
+    force_path,
+    multiple_of_8,
+    pairwise,
+)
+
+from fused_lora import lora_linear, ops, triton_backend
+from fused_lora.kernels import config, decode, matmul, matmul_descriptor, matmul_producer, shrink
+from fused_lora.kernels import rank_grad as grad
+from fused_lora.testing import make_case, violations_of
+
+pytestmark = pytest.mark.kernels
+
+TRITON = partial(lora_linear, backend="triton")
+DESCRIPTOR_PATHS = ("pdl", "serial", "producer")
+LAUNCHERS = {
+    shrink: "shrink",
+    matmul: "matmul",
+    matmul_descriptor: "descriptor_matmul",
+    matmul_producer: "producer_matmul",
+    decode: "decode",
+    grad: "rank_grad",
+}
+RAGGED = ((33, 50, 70, 3), (100, 70, 50, 16), (7, 500, 50, 33))  # M, K, N, r
+SPLIT = ((130, 50, 70, 3), (200, 70, 50, 16))  # enough tokens for rank_grad to split them
+SPLIT_K = ((7, 500, 500, 3), (33, 500, 450, 16))  # enough columns for every split of decode
+
+
+@dataclass(frozen=True)
+class Bug:
+    """`old` becomes `new` in the source of `module`: seen on `path`, on every one of `shapes`."""
+
+    name: str
+    module: object
+    old: str
+    new: str
+    path: str = "portable"
+    shapes: tuple = RAGGED
+    options: dict = field(default_factory=dict)
+
+    def __str__(self):
+        return f"{self.path}: {self.name}"
+
+
+SHRINK_AND_PORTABLE = (
+    Bug("W's last column dropped", matmul, "inside_k = offs_k < K", "inside_k = offs_k < K - 1"),
+    Bug("A's last column dropped", shrink, "inside_k = offs_k < K", "inside_k = offs_k < K - 1"),
+    Bug("last K tile dropped", shrink, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+    Bug("W's last K tile dropped", matmul, "range(0, K, BLOCK_K)", "range(0, K - 64, BLOCK_K)"),
+    Bug("last rank dropped", shrink, "mask=(offs_r < r)", "mask=(offs_r < r - 1)"),
+    Bug("B's last rank dropped", matmul, "mask=(offs_r < r)[:", "mask=(offs_r < r - 1)[:"),
+    Bug(
+        "last token dropped",
+        shrink,
+        "(offs_m < M)[:, None] & inside",
+        "(offs_m < M - 1)[:, None] & inside",
+    ),
+    Bug("adapter missing", shrink, "(acc * scale)", "(acc * 0.0)"),
+    Bug("scale 5 % off", shrink, "(acc * scale)", "(acc * scale * 1.05)"),
+    Bug(
+        "last columns stale",
+        matmul,
+        "acc.to(y_ptr",
+        "tl.where(offs_n < N - 3, acc, acc * 0.5).to(y_ptr",
+    ),
+    Bug("last token not written", matmul, "(offs_m < M)[:", "(offs_m < M - 1)[:"),
+    Bug("bias forgotten", matmul, "acc += tl.load(bias_ptr", "acc += 0.0 * tl.load(bias_ptr"),
+    Bug(
+        "dX without the adapter",
+        triton_backend,
+        "lora_B.t(), lora_A, dx",
+        "lora_B.t(), lora_A * 0, dx",
+    ),
+    Bug("S without the scale", triton_backend, "scale=scale.value * (1.0 ", "scale=(1.0 "),
+)
+RANK_GRAD = (
+    Bug(
+        "dA zero",
+        grad,
+        "rows_per_split,\n                keep_scale,",
+        "rows_per_split,\n                0.0,",
+    ),
+    Bug(
+        "dB zero",
+        grad,
+        "rows_per_split,\n                1.0,",
+        "rows_per_split,\n                0.0,",
+    ),
+    Bug(
+        "dB's last row zero",
+        grad,
+        "(acc * keep_scale)",
+        "(acc * keep_scale * (offs_c < C - 1)[:, None])",
+    ),
+    Bug(
+        "last token dropped",
+        grad,
+        "(offs_m < M)[:, None] & inside_c",
+        "(offs_m < M - 1)[:, None] & inside_c",
+    ),
+    Bug("last rank not written", grad, "inside_r = offs_r < r", "inside_r = offs_r < r - 1"),
+    Bug("last split dropped", grad, "tl.range(0, SPLITS)", "tl.range(0, SPLITS - 1)", shapes=SPLIT),
+    Bug("counters not zeroed", shrink, "if ZERO:", "if False:", shapes=SPLIT),
+)
+DROPPED = tuple(
+    Bug(*bug, options={"dropout_p": 0.5})
+    for bug in (
+        (
+            "S without 1 / (1 - p)",
+            triton_backend,
+            "(1.0 if draw is None else draw.keep_scale)",
+            "1.0",
+        ),
+        ("S of what was dropped", shrink, "BLOCK_K) != 0, x", "BLOCK_K) == 0, x"),
+        (
+            "mask stored wrong",
+            shrink,
+            "                            packed,",
+            "                            ~packed,",
+        ),
+        ("dX without the mask", matmul, "keep != 0", "keep < 2"),
+        ("dX without 1 / (1 - p)", matmul, "acc * keep_scale", "acc"),
+        ("dA without the mask", grad, "keep != 0", "keep < 2"),
+        ("dA without 1 / (1 - p)", grad, "(acc * keep_scale)", "acc"),
+    )
+)
+OTHER_PATHS = (
+    Bug(
+        "W's last column dropped",
+        matmul,
+        "inside_k = offs_k < K",
+        "inside_k = offs_k < K - 1",
+        "single",
+    ),
+    Bug(
+        "A's last column dropped",
+        matmul,
+        "(offs_k < K)[:, None]",
+        "(offs_k < K - 1)[:, None]",
+        "single",
+    ),
+    Bug("scale 5 % off", matmul, "(side * scale)", "(side * scale * 1.05)", "single"),
+    Bug("S not stored", matmul, "if pid_n == 0:", "if pid_n < 0:", "single"),
+    Bug(
+        "last columns dropped",
+        decode,
+        "inside_k = offs_k < K",
+        "inside_k = offs_k < K - 1",
+        "decode",
+    ),
+    Bug(
+        "last split dropped",
+        decode,
+        "tl.range(0, SPLITS)",
+        "tl.range(0, SPLITS - 1)",
+        "decode",
+        SPLIT_K,
+    ),
+    Bug(
+        "adapter of one split only",
+        decode,
+        "side *= scale",
+        "side *= scale * (1 - split)",
+        "decode",
+        SPLIT_K,
+    ),
+    Bug(
+        "last token not written",
+        decode,
+        "inside_m = offs_m < M",
+        "inside_m = offs_m < M - 1",
+        "decode",
+    ),
+    Bug("S not padded", shrink, "(offs_r < columns)", "(offs_r < r)", "serial", RAGGED[::2]),
+    Bug("adapter missing", matmul_descriptor, "main_steps + RANK_STEPS", "main_steps", "serial"),
+    Bug("last K tile dropped", matmul_descriptor, "tl.cdiv(K, BLOCK_K)", "K // BLOCK_K", "serial"),
+    Bug("B packed short", shrink, "(offs_m < rows)", "(offs_m < rows - 1)", "serial", RAGGED[::2]),
+    Bug("first tile without adapter", matmul_descriptor, "main_steps, 0)", "steps, 0)", "pdl"),
+    Bug("last K tile dropped", matmul_producer, "tl.cdiv(K, BLOCK_K)", "K // BLOCK_K", "producer"),
+    Bug("last rank dropped", matmul_producer, "(offs_r < r)", "(offs_r < r - 1)", "producer"),
+    Bug("scale 5 % off", matmul_producer, "(side * scale)", "(side * scale * 1.05)", "producer"),
+)
+BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS
+NO_BUG = ("", "")
+
+
+def plant(monkeypatch, folder, module, old, new):
+    """Let the layer run on a copy of `module` in which `old` reads `new`."""
+    source = Path(module.__file__).read_text()
+    assert old in source, "the source has changed: plant this bug anew"
+    name = f"{Path(module.__file__).stem}_with_a_bug"
+    copy = folder / f"{name}.py"
+    copy.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location(name, copy)
+    edited = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(edited)
+    if module is triton_backend:
+        monkeypatch.setattr(ops, "triton_backend", edited)
+    else:
+        launcher = LAUNCHERS[module]
+        monkeypatch.setattr(triton_backend, launcher, getattr(edited, launcher))
+
+
+def violations(path, dtype, shape, device, **options):
+    """What the rule finds on this path and shape, made to fit what the path can take."""
+    M, K, N, r = shape
+    if path in DESCRIPTOR_PATHS:
+        K, N = multiple_of_8(K), multiple_of_8(N)
+    if path == "producer":
+        r = multiple_of_8(r)
+    if path == "decode":
+        limits = config.MAX_DECODE[8 * dtype.itemsize]
+        M, r = min(M, limits[0]), min(r, limits[1])
+    if options:
+        options["seed"] = torch.tensor(5, device=device)
+    return violations_of(TRITON, make_case(M, N, K, r, dtype, device=device), **options)
+
+
+def runs(path, dtype, device):
+    return path not in DESCRIPTOR_PATHS or (dtype != FP32 and can_describe(device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bug", BUGS, ids=str)
+def test_the_rule_catches(bug, dtype, monkeypatch, tmp_path, device):
+    if not runs(bug.path, dtype, device):
+        pytest.skip("the descriptor paths take 16-bit dtypes, on Hopper")
+    plant(monkeypatch, tmp_path, bug.module, bug.old, bug.new)
+    taken = force_path(monkeypatch, bug.path)
+    for shape in bug.shapes:
+        assert violations(bug.path, dtype, shape, device, **bug.options) != [], shape
+    assert bug.module is triton_backend or set(taken) == {bug.path}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("path", config.PATHS)
+def test_the_rule_accepts_the_kernels_as_they_are(path, dtype, monkeypatch, tmp_path, device):
+    if not runs(path, dtype, device):
+        pytest.skip("the descriptor paths take 16-bit dtypes, on Hopper")
+    force_path(monkeypatch, path)
+    for module in LAUNCHERS:
+        plant(monkeypatch, tmp_path, module, *NO_BUG)
+    for shape in RAGGED + (SPLIT if path == "portable" else ()):
+        assert violations(path, dtype, shape, device) == [], shape
+    if path == "portable":
+        assert violations(path, dtype, RAGGED[0], device, dropout_p=0.5) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_the_floor_the_rule_catches_a_scale_wrong_by_04_percent(
+    dtype, monkeypatch, tmp_path, device
+):
+    force_path(monkeypatch, "portable")
+    case = make_case(256, 512, 512, 16, dtype, amplify=False, device=device)
+    plant(monkeypatch, tmp_path, shrink, "(acc * scale)", "(acc * scale * 1.004)")
+    found = " ".join(violations_of(TRITON, case, floor=False))
+    assert all(f"W = 0: {name}" in found for name in ("y", "dx", "dA", "dB"))
+
+
+@pytest.mark.parametrize("kept", (TOKENS, (1, 7, 33)))
+def test_the_cover_has_every_possible_pair(kept):
+    factors = kept, FEATURES, FEATURES, RANKS, DTYPES
+    cover = pairwise(*factors)
+    assert all(affordable(*row) for row in cover)
+    possible = [row for row in itertools.product(*factors) if affordable(*row)]
+    for (i, first), (j, second) in itertools.combinations(enumerate(factors), 2):
+        for a, b in itertools.product(first, second):
+            here = [row for row in cover if row[i] == a and row[j] == b]
+            assert bool(here) == any(row[i] == a and row[j] == b for row in possible), (a, b)
+    assert len(cover) < 70
