@@ -7,6 +7,7 @@ y takes (x, weight^T, lora_A, lora_B^T), dX takes (dY, weight, lora_B^T, lora_A)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -267,7 +268,8 @@ def _adapted_product(
 
     assert plan.shrink is not None
     source = packed = None
-    descriptors = plan.path in ("pdl", "serial")
+    descriptors = plan.path in ("pdl", "gluon", "serial")
+    pdl = plan.path in ("pdl", "gluon")
     if descriptors:
         # all segments of the loop have one dtype and rows that TMA can address
         w = w.to(x.dtype)  # under autocast a copy, for the length of this call
@@ -291,12 +293,16 @@ def _adapted_product(
         source=source,
         packed=packed,
         counters=counters,
-        trigger=plan.path == "pdl",
+        trigger=pdl,
         input_precision=precision,
     )
     if descriptors:
-        pdl = plan.path == "pdl"
-        descriptor_matmul(x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl)
+        run: Callable[..., None] = descriptor_matmul
+        if plan.path == "gluon":  # an experimental interface of Triton: imported where it is used
+            from fused_lora.kernels.matmul_gluon import gluon_matmul
+
+            run = gluon_matmul
+        run(x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl)
         return
     matmul(
         x,

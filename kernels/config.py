@@ -19,12 +19,13 @@ TUNED = Path(__file__).parent / "tuned"
 # How forward and dX are computed. "auto" lets `choose_path` decide; any other name forces that path
 # wherever it can run, until measurements have settled which one each regime keeps.
 #   pdl       shrink, then the descriptor matmul started behind it (programmatic dependent launch)
+#   gluon     the same, the matmul written in Gluon (Hopper alone)
 #   serial    the same two launches, one after the other
 #   producer  one launch, the first tile column publishes S to the others
 #   portable  shrink, then the pointer matmul
 #   single    one launch of the pointer matmul, S recomputed in every tile
 #   decode    one launch for few tokens, K split over programs
-PATHS = ("pdl", "serial", "producer", "portable", "single", "decode")
+PATHS = ("pdl", "gluon", "serial", "producer", "portable", "single", "decode")
 PATH = os.environ.get("FUSED_LORA_PATH", "auto")
 
 MAX_SINGLE_RANK = 64
@@ -110,6 +111,8 @@ KINDS = {
     "matmul": Matmul,
     "matmul_descriptor": Matmul,
     "matmul_single": Matmul,
+    "matmul_producer": Matmul,
+    "matmul_gluon": Matmul,
     "rank_grad": RankGrad,
     "decode": Decode,
 }
@@ -302,7 +305,10 @@ def _choose_product(
         "serial": describable and bits == 16 and has_descriptors(device) and not masked_output,
     }
     can["pdl"] = can["serial"]
+    hopper = device.capability == 90 and device.backend == "cuda"
+    can["gluon"] = can["serial"] and hopper
     can["producer"] = can["serial"] and adapter_describable and can["single"]
+    can["producer"] &= hopper or device.backend == "interpreter"
     if dropout or masked_output:
         can["decode"] = can["single"] = can["producer"] = False
     path, reason = _path(path, device, bits, M, N, K, r, can)
@@ -310,10 +316,12 @@ def _choose_product(
         return Product(path, reason, decode=select("decode", device, bits, M, N, K, r))
     if path == "single":
         return Product(path, reason, matmul=select("matmul_single", device, bits, M, N, K, r))
-    op = "matmul" if path == "portable" else "matmul_descriptor"
-    matmul = select(op, device, bits, M, N, K, r)
+    ops = {"portable": "matmul", "producer": "matmul_producer", "gluon": "matmul_gluon"}
+    matmul = select(ops.get(path, "matmul_descriptor"), device, bits, M, N, K, r)
+    if path == "producer":
+        return Product(path, reason, matmul=matmul)
     shrink = select("shrink", device, bits, M, N, K, r)
-    if path == "pdl":
+    if path in ("pdl", "gluon"):
         programs = shrink_programs(device, matmul, shrink, M, N, K, r)
     else:
         programs = min(device.sm_count, _cdiv(M, shrink.BLOCK_M))

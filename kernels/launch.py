@@ -30,7 +30,8 @@ def next_power_of_2(n: int) -> int:
 def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=False) -> None:
     """Run `kernel(*tensors, *integers, *floats, *constexprs)` on the current device and stream.
 
-    tensors: torch tensors, None, or (tensor, block_shape) for a tensor descriptor.
+    tensors: torch tensors, None, (tensor, block_shape) for a tensor descriptor, or (tensor,
+    block_shape, layout) for one of a Gluon kernel.
     config: carries num_warps and num_stages. pdl: programmatic dependent launch.
     """
     if INTERPRETING:
@@ -62,7 +63,7 @@ def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=F
         None,
         None,
         None,
-        *[_Descriptor(*t) if type(t) is tuple else t for t in tensors],
+        *[_Descriptor(*t[:2]) if type(t) is tuple else t for t in tensors],
         *integers,
         *floats,
         *constexprs,
@@ -73,10 +74,16 @@ def _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, p
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
     if pdl:
         options["launch_pdl"] = True
-    arguments = [
-        TensorDescriptor.from_tensor(t[0], list(t[1])) if type(t) is tuple else t for t in tensors
-    ]
+    arguments = [_checked_descriptor(*t) if type(t) is tuple else t for t in tensors]
     return kernel[grid](*arguments, *integers, *floats, *constexprs, **options)
+
+
+def _checked_descriptor(tensor, block_shape, layout=None):
+    if layout is None:
+        return TensorDescriptor.from_tensor(tensor, list(block_shape))
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+
+    return GluonDescriptor.from_tensor(tensor, list(block_shape), layout)
 
 
 def _profiled() -> bool:

@@ -20,12 +20,14 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_lora.kernels import (
     config,
     decode,
     matmul,
     matmul_descriptor,
+    matmul_gluon,
     matmul_producer,
     rank_grad,
     shrink,
@@ -59,9 +61,10 @@ def compile_launch(target, kernel, tensors, integers, floats, constexprs, tiles,
         if index >= len(tensors) + len(scalars) or value is None:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, tuple):
-            base, block = value
+            base, block, *layout = value
             dtype = POINTER[base.dtype][1:]
-            signature[name] = f"tensordesc<{dtype}[{', '.join(map(str, block))}]>"
+            signature[name] = f"tensordesc<{dtype}[{', '.join(map(str, block))}]"
+            signature[name] += f",{layout[0]!r}>" if layout else ">"
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTER[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
@@ -73,7 +76,8 @@ def compile_launch(target, kernel, tensors, integers, floats, constexprs, tiles,
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and name not in unspecialized:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    ast_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = ast_source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS}
     if pdl:
         options["launch_pdl"] = True
@@ -145,13 +149,20 @@ def launches(target: str, bits: int):
             yield f"{name} r={r} dX pdl={pdl}"
         run(x, weight.t(), dy, tiles, 132, bias=bias)
         yield f"{name} plain forward"
-        if tiles.STORE_PARTS == 1:
-            A, B, S = factors(config.MAX_SINGLE_RANK)
-            run = matmul_producer.producer_matmul
-            run(x, weight.t(), A, B.t(), dy, S, counters, tiles, 132, bias=bias)
-            yield f"matmul_producer[{index}] r=64 forward"
-            run(dy, weight, B.t(), A, x, S, counters, tiles, 132)
-            yield f"matmul_producer[{index}] r=64 dX"
+    for index, tiles in enumerate(table.get("matmul_gluon", [])):
+        A, B, S = factors(128)
+        run = matmul_gluon.gluon_matmul
+        run(x, weight.t(), dy, tiles, 132, b=B.t(), S=S, bias=bias, pdl=True)
+        yield f"matmul_gluon[{index}] r=128 forward"
+        run(dy, weight, x, tiles, 132, b=A, S=S, pdl=True)
+        yield f"matmul_gluon[{index}] r=128 dX"
+    for index, tiles in enumerate(table.get("matmul_producer", [])):
+        A, B, S = factors(config.MAX_SINGLE_RANK)
+        run = matmul_producer.producer_matmul
+        run(x, weight.t(), A, B.t(), dy, S, counters, tiles, 132, bias=bias)
+        yield f"matmul_producer[{index}] r=64 forward"
+        run(dy, weight, B.t(), A, x, S, counters, tiles, 132)
+        yield f"matmul_producer[{index}] r=64 dX"
     for index, tiles in enumerate(table["rank_grad"]):
         for r, mask in ((16, None), (128, None), (16, bits_x), (128, bits_x)):
             A, B, S = factors(r)
@@ -198,12 +209,11 @@ def cuda_facts(kernel, capability: int) -> dict:
         ptx.write_text(kernel.asm["ptx"])
         sass = _output(BINARIES / "nvdisasm", "-c", cubin)
         usage = _output(BINARIES / "cuobjdump", "--dump-resource-usage", cubin)
-        newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-        assembler = "ptxas-blackwell" if newest or capability >= 100 else "ptxas"
-        suffix = "a" if capability >= 90 else ""
-        log = _output(
-            BINARIES / assembler, "-v", f"--gpu-name=sm_{capability}{suffix}", ptx, "-o", cubin
-        )
+        log = ""
+        if capability == 90 and "HGMMA" in sass:  # ptxas tells of serialized wgmma by a warning
+            newest = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+            assembler = BINARIES / ("ptxas-blackwell" if newest else "ptxas")
+            log = _output(assembler, "-v", "--gpu-name=sm_90a", ptx, "-o", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     operations = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\w+)", sass, re.M))
@@ -249,7 +259,8 @@ def facts_of(target: str, only: str = "") -> dict:
         else GPUTarget("cuda", int(target[3:]), 32)
     )
     pending: list = []
-    for module in (shrink, matmul, matmul_descriptor, matmul_producer, rank_grad, decode):
+    modules = (shrink, matmul, matmul_descriptor, matmul_gluon, matmul_producer, rank_grad, decode)
+    for module in modules:
         module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
             (kernel, *arguments, pdl)
         )

@@ -2,7 +2,7 @@
 raggedly, the paths a product can take, and buffers that show access beyond a matrix."""
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import cache
 
 import torch
@@ -34,20 +34,71 @@ def pairwise(*factors, allowed=affordable):
     occurs. The first three factors are M, K and N. Greedy: the row with most new pairs, of those
     one of the least order of magnitude, of those the one whose values were used least."""
     rows = [row for row in itertools.product(*factors) if allowed(*row)]
-    pairs = {row: frozenset(itertools.combinations(enumerate(row), 2)) for row in rows}
-    missing = frozenset().union(*pairs.values())
+    bits = defaultdict(lambda: 1 << len(bits))  # one for every pair
+    pairs = {row: sum(bits[p] for p in itertools.combinations(enumerate(row), 2)) for row in rows}
+    missing = (1 << len(bits)) - 1
     uses = Counter()
 
-    def worth(row):
+    def cost(row):
         magnitude = (row[0] * row[1] * row[2]).bit_length() // 3
-        return len(pairs[row] & missing), -magnitude, -sum(uses[v] for v in enumerate(row))
+        return magnitude, sum(uses[value] for value in enumerate(row))
 
     cover = []
     while missing:
-        cover.append(max(rows, key=worth))
-        missing -= pairs[cover[-1]]
+        new = {row: (mask & missing).bit_count() for row, mask in pairs.items()}
+        most = max(new.values())
+        cover.append(min((row for row in rows if new[row] == most), key=cost))
+        missing &= ~pairs[cover[-1]]
         uses.update(enumerate(cover[-1]))
     return tuple(cover)
+
+
+COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES)
+TWO_RANK_BLOCKS = ((33, 70, 50, 200, FP32), (33, 64, 96, 200, BF16))  # K, N whole tiles, too
+MODES = ("plain", "given", "masked", "single")  # of the portable matmul
+MATMUL_COVER = pairwise(
+    *(TOKENS, FEATURES, FEATURES, RANKS, DTYPES, MODES),
+    allowed=lambda *row: (
+        affordable(*row) and (row[-1] != "single" or row[3] <= config.MAX_SINGLE_RANK)
+    ),
+)
+MATMUL_COVER += tuple((*row, mode) for row in TWO_RANK_BLOCKS for mode in MODES[:3])
+DESCRIPTOR_COVER = pairwise(  # S given or not, PDL or not, y in one part or two
+    TOKENS, FEATURES, FEATURES, RANKS, (FP16, BF16), ("plain", "given"), (False, True), (1, 2)
+)
+PRODUCER_COVER = pairwise(TOKENS, FEATURES, FEATURES, (1, 3, 8, 16, 33, 64), (FP16, BF16))
+GRAD_COVER = pairwise(  # what is wanted, splits, masked or not
+    TOKENS, FEATURES, FEATURES, RANKS, DTYPES, ("A", "B", "AB"), (1, 3), (False, True)
+)
+GRAD_COVER += tuple((*row, "AB", 2, True) for row in TWO_RANK_BLOCKS)
+DECODE_COVER = pairwise(  # splits, S stored or not
+    (1, 7, 33, 64), FEATURES, FEATURES, (1, 3, 8, 16, 33, 64), DTYPES, (1, 2, 4), (False, True)
+)
+DESCRIPTOR_PATHS = ("pdl", "serial", "producer")
+
+
+def takes(path, M, r, dtype):
+    """Whether the path can run a layer of this size, K and N multiples of 8."""
+    bits = 8 * dtype.itemsize
+    if path in DESCRIPTOR_PATHS and bits != 16:
+        return False
+    if path == "producer":  # reads lora_B by a descriptor, too
+        return r % 8 == 0 and r <= config.MAX_SINGLE_RANK
+    if path == "decode":
+        most_tokens, most_ranks = config.MAX_DECODE[bits]
+        return most_tokens >= M and r <= most_ranks
+    return path != "single" or r <= config.MAX_SINGLE_RANK
+
+
+def in_reach(M, K, N, r, dtype, path):
+    """What the interpreter computes in about a second."""
+    return affordable(M, K, N) and M * K * N <= 2**25 and takes(path, M, r, dtype)
+
+
+PATH_COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES, config.PATHS, allowed=in_reach)
+PATHS_AND_DTYPES = [
+    (path, dtype) for path in config.PATHS for dtype in DTYPES if takes(path, 16, 16, dtype)
+]
 
 
 def tile(size):

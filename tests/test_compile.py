@@ -259,6 +259,14 @@ def test_a_scaling_tensor_changes_without_a_recompile():
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_compiled_code_says_why_triton_cannot_run(dropout):
+    layer = make("triton", "cpu", dtype=torch.float64, lora_dropout=dropout)
+    x = torch.randn(7, 33, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run: the kernels take fp32"):
+        compile_(layer)(x)
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_merged_layer_compiles_for_inference(trainable):
     layer = make("aten", "cpu").merge("cpu")

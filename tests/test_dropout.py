@@ -9,7 +9,7 @@ from shapes import BF16, DTYPES, FP16, FP32, force_path
 from fused_lora import FusedLoRALinear, dropout, lora_linear, reference
 from fused_lora.testing import check, eager_gradients, exact_gradients, gradients, make_case
 
-pytestmark = pytest.mark.kernels
+kernels = pytest.mark.kernels
 
 P = (0.05, 0.5, 0.9)
 ALL_ONES = 0xFFFFFFFF
@@ -101,6 +101,7 @@ def test_rows_columns_and_calls_are_independent(p, device):
         assert abs(both - expected) < 2**0.5 * five_deviations(a.numel(), expected), name
 
 
+@kernels
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("path", ("portable", "serial", "aten"))
@@ -122,6 +123,7 @@ def test_forward_dx_and_da_use_the_mask_of_the_seed(path, dtype, p, monkeypatch,
             assert check(ours, eager_gradients(*inputs.tensors()), without, dtype) != []
 
 
+@kernels
 @pytest.mark.parametrize("backend", LAYERS)
 def test_rows_are_counted_over_all_leading_dimensions(backend, device):
     case = make_case(33, 70, 50, 8, FP32, device=device)
@@ -134,6 +136,7 @@ def test_rows_are_counted_over_all_leading_dimensions(backend, device):
     )
 
 
+@kernels
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("backend", LAYERS)
 def test_dropout_leaves_the_base_alone(backend, p, device):
@@ -148,6 +151,7 @@ def test_dropout_leaves_the_base_alone(backend, p, device):
     assert check(ours, eager, {"y": reference.lora_linear(*double)}, BF16) == []
 
 
+@kernels
 @pytest.mark.parametrize("backend", LAYERS)
 @pytest.mark.parametrize("dtype", (FP32, FP16))
 def test_p_of_zero_is_no_dropout_bit_for_bit(dtype, backend, device):
@@ -171,6 +175,7 @@ def layer_with_dropout(backend, device, p=0.5):
     )
 
 
+@kernels
 @pytest.mark.parametrize("backend", LAYERS)
 def test_the_generator_reproduces_a_call_and_the_next_call_differs(backend, device):
     layer, x = layer_with_dropout(backend, device), torch.randn(33, 50, device=device)
@@ -191,6 +196,7 @@ def test_eval_mode_drops_nothing(backend, device):
     assert not torch.equal(layer.train()(x), plain(x))
 
 
+@kernels
 @pytest.mark.parametrize("backend", LAYERS)
 @pytest.mark.parametrize("use_reentrant", (False, True))
 def test_a_checkpoint_recomputes_the_same_mask(use_reentrant, backend, device):
@@ -210,6 +216,7 @@ def test_a_checkpoint_recomputes_the_same_mask(use_reentrant, backend, device):
         assert torch.equal(plain, recomputed)
 
 
+@kernels
 @pytest.mark.parametrize("p", (0.0, 0.5))
 @pytest.mark.parametrize("backend", LAYERS)
 def test_dropout_saves_one_bit_an_element_of_x(backend, p, device):

@@ -9,55 +9,31 @@ import pytest
 import torch
 from shapes import (
     BF16,
+    COVER,
     CROSS,
+    DESCRIPTOR_PATHS,
     DTYPES,
-    FEATURES,
     FP16,
     FP32,
-    RANKS,
+    PATH_COVER,
+    PATHS_AND_DTYPES,
     TOKENS,
-    affordable,
     can_describe,
+    embedded,
     force_path,
     multiple_of_8,
-    pairwise,
+    takes,
 )
 
 from fused_lora import lora_linear, ops, reference
 from fused_lora.kernels import config
 from fused_lora.testing import check, make_case, violations_of
 
-pytestmark = pytest.mark.kernels
+kernels = pytest.mark.kernels
 
 INPUTS = ("x", "weight", "lora_A", "lora_B", "bias")
 SUBSETS = [s for n in range(6) for s in itertools.combinations(INPUTS, n)]
 TRITON, ATEN = (partial(lora_linear, backend=backend) for backend in ("triton", "aten"))
-DESCRIPTOR_PATHS = ("pdl", "serial", "producer")
-
-
-def takes(path, M, r, dtype):
-    """Whether the path can run a layer of this size, K and N multiples of 8."""
-    bits = 8 * dtype.itemsize
-    if path in DESCRIPTOR_PATHS and bits != 16:
-        return False
-    if path == "producer":  # reads lora_B by a descriptor, too
-        return r % 8 == 0 and r <= config.MAX_SINGLE_RANK
-    if path == "decode":
-        most_tokens, most_ranks = config.MAX_DECODE[bits]
-        return most_tokens >= M and r <= most_ranks
-    return path != "single" or r <= config.MAX_SINGLE_RANK
-
-
-def in_reach(M, K, N, r, dtype, path):
-    """What the interpreter computes in about a second."""
-    return affordable(M, K, N) and M * K * N <= 2**25 and takes(path, M, r, dtype)
-
-
-COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES)
-PATH_COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES, config.PATHS, allowed=in_reach)
-PATHS_AND_DTYPES = [
-    (path, dtype) for path in config.PATHS for dtype in DTYPES if takes(path, 16, 16, dtype)
-]
 
 
 @pytest.fixture
@@ -94,6 +70,7 @@ def violations(ours, case, floor=True, **options):
     return check(ours, eager, exact, case.x.dtype, floor)
 
 
+@kernels
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "path"), PATH_COVER)
 def test_every_path_over_the_cover(M, K, N, r, dtype, path, force, device):
     if path in DESCRIPTOR_PATHS:
@@ -104,6 +81,7 @@ def test_every_path_over_the_cover(M, K, N, r, dtype, path, force, device):
     assert set(taken) == {path}
 
 
+@kernels
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype"), COVER)
 def test_aten_over_the_cover(M, K, N, r, dtype, device):
     case = make_case(M, N, K, r, dtype, seed=M + K + N + r, device=device)
@@ -125,6 +103,7 @@ def test_the_full_cross_product(path, dtype, M, force, device):
             assert violations_of(ATEN if path == "aten" else TRITON, case) == [], (M, K, N, r)
 
 
+@kernels
 @pytest.mark.parametrize(("path", "dtype"), [*PATHS_AND_DTYPES, *(("aten", d) for d in DTYPES)])
 def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
     taken = [path] if path == "aten" else force(path)
@@ -136,6 +115,7 @@ def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
     assert set(taken) == {path}
 
 
+@kernels
 @pytest.mark.parametrize("base", (FP16, BF16))
 @pytest.mark.parametrize("path", [p for p in config.PATHS if p != "producer"] + ["aten"])
 def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, device):
@@ -171,6 +151,7 @@ def test_gradcheck_on_aten_in_fp64(needs, dropout_p, device):
             assert torch.autograd.gradcheck(partial(ATEN, **options), tensors)
 
 
+@kernels
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 @pytest.mark.parametrize("needs", SUBSETS, ids=lambda s: "-".join(s) or "nothing")
 def test_only_the_needed_gradients_are_computed_and_right(needs, backend, monkeypatch, device):
@@ -188,6 +169,7 @@ def test_only_the_needed_gradients_are_computed_and_right(needs, backend, monkey
     assert [len(grads) for grads in computed] == ([len(needs)] if needs else [])
 
 
+@kernels
 @pytest.mark.parametrize("path", (*config.PATHS, "aten"))
 def test_scaling_may_be_a_tensor(path, force, device):
     taken = [path] if path == "aten" else force(path)
@@ -214,6 +196,7 @@ def test_no_tokens_give_empty_results_and_zero_gradients(leading, dropout_p, bac
         assert torch.equal(ours[name], torch.zeros_like(getattr(case, name)))
 
 
+@kernels
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 @pytest.mark.parametrize("leading", ((), (1,), (6,), (2, 3), (3, 1, 2)))
 def test_any_leading_dimensions(leading, backend, device):
@@ -262,6 +245,7 @@ STRIDES = {
 }
 
 
+@kernels
 @pytest.mark.parametrize("path", (*config.PATHS, "aten"))
 @pytest.mark.parametrize("strides", STRIDES)
 def test_any_strides(strides, path, force, device):
@@ -273,6 +257,19 @@ def test_any_strides(strides, path, force, device):
     assert violations(results(ATEN if path == "aten" else TRITON, case), case) == []
 
 
+@kernels
+@pytest.mark.parametrize("path", config.PATHS)
+def test_autocast_of_a_weight_whose_copy_descriptors_cannot_address(path, force, device):
+    """x has aligned rows around a width that is not aligned, W is cast to that width."""
+    force(path)
+    case = make_case(33, 56, 50, 8, BF16, device=device)
+    wide = replace(case, x=embedded(case.x), weight=case.weight.float(), bias=case.bias.float())
+    with torch.autocast(device, BF16):
+        ours = results(TRITON, wide)
+    assert violations(ours, case) == []
+
+
+@kernels
 @pytest.mark.parametrize(("path", "dtype"), PATHS_AND_DTYPES)
 def test_the_same_bits_at_every_run(path, dtype, force, device):
     M = config.MAX_DECODE[8 * dtype.itemsize][0] if path == "decode" else 130

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from shapes import (
+    DESCRIPTOR_PATHS,
     DTYPES,
     FEATURES,
     FP32,
@@ -30,10 +31,7 @@ from fused_lora.kernels import config, decode, matmul, matmul_descriptor, matmul
 from fused_lora.kernels import rank_grad as grad
 from fused_lora.testing import make_case, violations_of
 
-pytestmark = pytest.mark.kernels
-
 TRITON = partial(lora_linear, backend="triton")
-DESCRIPTOR_PATHS = ("pdl", "serial", "producer")
 LAUNCHERS = {
     shrink: "shrink",
     matmul: "matmul",
