@@ -174,7 +174,7 @@ def test_permuting_tokens_permutes_results_and_keeps_the_adapters_gradients(
 ):
     """On whole numbers, where the bits do not depend on which row of a tile a token is."""
     case = whole_numbers(**fitting(sizes, path), device=device)
-    permutation = list(range(sizes["M"]))
+    permutation = list(range(case.x.shape[0]))
     order.shuffle(permutation)
     shuffled = replace(case, x=case.x[permutation], dy=case.dy[permutation])
     with pytest.MonkeyPatch.context() as patch:
