@@ -74,7 +74,22 @@ GRAD_COVER += tuple((*row, "AB", 2, True) for row in TWO_RANK_BLOCKS)
 DECODE_COVER = pairwise(  # splits, S stored or not
     (1, 7, 33, 64), FEATURES, FEATURES, (1, 3, 8, 16, 33, 64), DTYPES, (1, 2, 4), (False, True)
 )
-DESCRIPTOR_PATHS = ("pdl", "serial", "producer")
+HERE = config.device_of(None if triton_backend.INTERPRETING else 0)
+DESCRIPTOR_PATHS = ("pdl", "gluon", "serial", "producer")
+
+
+def runs_here(path):
+    """Whether the machine that runs the tests can take this path. The interpreter takes all but
+    Gluon."""
+    hopper = HERE.capability == 90
+    if path == "gluon":
+        return hopper
+    if path == "producer":
+        return hopper or HERE is config.INTERPRETER
+    return path not in DESCRIPTOR_PATHS or config.has_descriptors(HERE)
+
+
+PATHS = tuple(filter(runs_here, config.PATHS))
 
 
 def takes(path, M, r, dtype):
@@ -95,10 +110,8 @@ def in_reach(M, K, N, r, dtype, path):
     return affordable(M, K, N) and M * K * N <= 2**25 and takes(path, M, r, dtype)
 
 
-PATH_COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES, config.PATHS, allowed=in_reach)
-PATHS_AND_DTYPES = [
-    (path, dtype) for path in config.PATHS for dtype in DTYPES if takes(path, 16, 16, dtype)
-]
+PATH_COVER = pairwise(TOKENS, FEATURES, FEATURES, RANKS, DTYPES, PATHS, allowed=in_reach)
+PATHS_AND_DTYPES = [(p, dtype) for p in PATHS for dtype in DTYPES if takes(p, 16, 16, dtype)]
 
 
 def tile(size):
@@ -111,11 +124,6 @@ def tile(size):
 def multiple_of_8(size):
     """The next size whose rows a tensor descriptor can address in a 16-bit dtype."""
     return -(-size // 8) * 8
-
-
-def can_describe(device):
-    """Whether the descriptor kernels run where the tests run: on Hopper, and in the interpreter."""
-    return config.has_descriptors(config.device_of(0 if device == "cuda" else None))
 
 
 def force_path(monkeypatch, path):

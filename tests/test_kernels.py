@@ -16,10 +16,10 @@ from shapes import (
     FP32,
     GRAD_COVER,
     MATMUL_COVER,
+    PATHS,
     PRODUCER_COVER,
     TWO_RANK_BLOCKS,
     Output,
-    can_describe,
     embedded,
     multiple_of_8,
     tile,
@@ -175,10 +175,9 @@ def assert_layer_right(y, stored, X, w, a, b, bias):
         stored.assert_rim_untouched()
 
 
+@pytest.mark.skipif("serial" not in PATHS, reason="this GPU takes the portable kernel")
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "mode", "pdl", "parts"), DESCRIPTOR_COVER)
 def test_descriptor_matmul(M, K, N, r, dtype, mode, pdl, parts, device):
-    if not can_describe(device):
-        pytest.skip("this GPU has no tensor descriptors")
     K, N = multiple_of_8(K), multiple_of_8(N)
     for X, w, a, b, bias in products(M, K, N, r, dtype, device):
         S, tiles = s_of(X, a, padded_rank(r)), tiles_of(M, X.shape[1], w.shape[1], parts)
@@ -194,10 +193,9 @@ def test_descriptor_matmul(M, K, N, r, dtype, mode, pdl, parts, device):
         y.assert_rim_untouched()
 
 
+@pytest.mark.skipif("producer" not in PATHS, reason="for Hopper alone")
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype"), PRODUCER_COVER)
 def test_producer_matmul(M, K, N, r, dtype, device):
-    if not can_describe(device):
-        pytest.skip("this GPU has no tensor descriptors")
     K, N, r = multiple_of_8(K), multiple_of_8(N), multiple_of_8(r)
     for X, w, a, b, bias in products(M, K, N, r, dtype, device):
         y, S = Output(M, w.shape[1], dtype, device), Output(M, padded_rank(r), dtype, device)

@@ -16,9 +16,9 @@ from shapes import (
     FP16,
     FP32,
     PATH_COVER,
+    PATHS,
     PATHS_AND_DTYPES,
     TOKENS,
-    can_describe,
     embedded,
     force_path,
     multiple_of_8,
@@ -37,15 +37,9 @@ TRITON, ATEN = (partial(lora_linear, backend=backend) for backend in ("triton", 
 
 
 @pytest.fixture
-def force(monkeypatch, device):
+def force(monkeypatch):
     """Force a path; the list returned names the paths that the products took."""
-
-    def force(path):
-        if path in DESCRIPTOR_PATHS and not can_describe(device):
-            pytest.skip("this GPU has no tensor descriptors")
-        return force_path(monkeypatch, path)
-
-    return force
+    return partial(force_path, monkeypatch)
 
 
 def results(layer, case, needs=INPUTS, **options):
@@ -117,7 +111,7 @@ def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
 
 @kernels
 @pytest.mark.parametrize("base", (FP16, BF16))
-@pytest.mark.parametrize("path", [p for p in config.PATHS if p != "producer"] + ["aten"])
+@pytest.mark.parametrize("path", [p for p in PATHS if p != "producer"] + ["aten"])
 def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, device):
     taken = [path] if path == "aten" else force(path)
     layer = ATEN if path == "aten" else TRITON
@@ -170,7 +164,7 @@ def test_only_the_needed_gradients_are_computed_and_right(needs, backend, monkey
 
 
 @kernels
-@pytest.mark.parametrize("path", (*config.PATHS, "aten"))
+@pytest.mark.parametrize("path", (*PATHS, "aten"))
 def test_scaling_may_be_a_tensor(path, force, device):
     taken = [path] if path == "aten" else force(path)
     layer = ATEN if path == "aten" else TRITON
@@ -246,7 +240,7 @@ STRIDES = {
 
 
 @kernels
-@pytest.mark.parametrize("path", (*config.PATHS, "aten"))
+@pytest.mark.parametrize("path", (*PATHS, "aten"))
 @pytest.mark.parametrize("strides", STRIDES)
 def test_any_strides(strides, path, force, device):
     if path != "aten":
@@ -258,7 +252,7 @@ def test_any_strides(strides, path, force, device):
 
 
 @kernels
-@pytest.mark.parametrize("path", config.PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_autocast_of_a_weight_whose_copy_descriptors_cannot_address(path, force, device):
     """x has aligned rows around a width that is not aligned, W is cast to that width."""
     force(path)

@@ -17,10 +17,12 @@ from shapes import (
     DTYPES,
     FEATURES,
     FP32,
+    HERE,
+    PATH_COVER,
+    PATHS,
     RANKS,
     TOKENS,
     affordable,
-    can_describe,
     force_path,
     multiple_of_8,
     pairwise,
@@ -235,14 +237,14 @@ def violations(path, dtype, shape, device, **options):
     return violations_of(TRITON, make_case(M, N, K, r, dtype, device=device), **options)
 
 
-def runs(path, dtype, device):
-    return path not in DESCRIPTOR_PATHS or (dtype != FP32 and can_describe(device))
+def runs(path, dtype):
+    return path in PATHS and (dtype != FP32 or path not in DESCRIPTOR_PATHS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bug", BUGS, ids=str)
 def test_the_rule_catches(bug, dtype, monkeypatch, tmp_path, device):
-    if not runs(bug.path, dtype, device):
+    if not runs(bug.path, dtype):
         pytest.skip("the descriptor paths take 16-bit dtypes, on Hopper")
     plant(monkeypatch, tmp_path, bug.module, bug.old, bug.new)
     taken = force_path(monkeypatch, bug.path)
@@ -252,9 +254,9 @@ def test_the_rule_catches(bug, dtype, monkeypatch, tmp_path, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", config.PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_the_rule_accepts_the_kernels_as_they_are(path, dtype, monkeypatch, tmp_path, device):
-    if not runs(path, dtype, device):
+    if not runs(path, dtype):
         pytest.skip("the descriptor paths take 16-bit dtypes, on Hopper")
     force_path(monkeypatch, path)
     for module in LAUNCHERS:
@@ -274,6 +276,15 @@ def test_without_the_floor_the_rule_catches_a_scale_wrong_by_04_percent(
     plant(monkeypatch, tmp_path, shrink, "(acc * scale)", "(acc * scale * 1.004)")
     found = " ".join(violations_of(TRITON, case, floor=False))
     assert all(f"W = 0: {name}" in found for name in ("y", "dx", "dA", "dB"))
+
+
+def test_every_path_that_can_run_here_is_tested():
+    missing = set(config.PATHS) - set(PATHS)
+    if HERE is config.INTERPRETER:
+        assert missing == {"gluon"}
+    else:
+        assert not missing or HERE.capability != 90
+    assert {path for *_, path in PATH_COVER} == set(PATHS)
 
 
 @pytest.mark.parametrize("kept", (TOKENS, (1, 7, 33)))
