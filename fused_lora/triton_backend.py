@@ -186,8 +186,11 @@ def _adapted_product(
     N, r = w.shape[1], a.shape[0]
     transposed = w.stride(1) != 1
     addressable = describable(x) and describable(y) and 1 in w.stride()
-    if addressable and w.dtype == x.dtype:
-        addressable = describable(_stored(w, transposed))
+    stored_w = _stored(w, transposed)
+    if w.dtype == x.dtype:
+        addressable = addressable and describable(stored_w)
+    else:  # autocast: the copy that is made of it has rows of exactly its width
+        addressable = addressable and stored_w.shape[1] * x.element_size() % 16 == 0
     adapter = a if transposed else a.t()  # as the descriptor kernels read it
     plan = plan_product(
         x.device,
