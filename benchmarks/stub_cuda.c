@@ -1,5 +1,6 @@
 /* A libcuda whose every call succeeds and does nothing: Triton's real launch path runs over it, so
  * that the host time of a launch can be measured on a machine without a GPU. */
+#include <stdint.h>
 #include <string.h>
 
 #include "cuda.h"
@@ -27,7 +28,8 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   return *module = (CUmodule)2, CUDA_SUCCESS;
 }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  return *function = (CUfunction)3, CUDA_SUCCESS;
+  static uintptr_t handles;
+  return *function = (CUfunction)++handles, CUDA_SUCCESS;
 }
 CUresult cuGetErrorString(CUresult error, const char **text) {
   return *text = "stub", CUDA_SUCCESS;
@@ -58,25 +60,44 @@ CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice
   }
   return CUDA_SUCCESS;
 }
+/* A map begins with a word that depends on everything it was made from. */
 CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuuint32_t rank,
                                 void *base, const cuuint64_t *sizes, const cuuint64_t *strides,
                                 const cuuint32_t *box, const cuuint32_t *steps,
                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  uint32_t word = (uint32_t)(uintptr_t)base ^ (type * 31 + swizzle * 37 + fill * 41);
+  for (cuuint32_t i = 0; i < rank; i++) word = word * 33 ^ (uint32_t)(sizes[i] + 43 * box[i]);
+  for (cuuint32_t i = 0; i + 1 < rank; i++) word = word * 33 ^ (uint32_t)strides[i];
   memset(map, 0, sizeof *map);
+  memcpy(map, &word, sizeof word);
   return CUDA_SUCCESS;
 }
 
-static long launched;
-long stub_launches(void) { return launched; }
-CUresult cuLaunchKernelEx(const CUlaunchConfig *launch, CUfunction function, void **arguments,
+/* What the first launches were given; of parameters, of which the reader says how many there are,
+ * the lower halves: enough to tell them apart. */
+enum { LAUNCHES = 16, WORDS = 64 };
+struct launch {
+  uint32_t function, grid[3], block, shared, attributes, words[WORDS];
+};
+struct launch stub_launches[LAUNCHES];
+unsigned stub_launched, stub_parameters[LAUNCHES];
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments,
                           void **extra) {
-  launched++;
+  unsigned at = stub_launched++;
+  if (at >= LAUNCHES) return CUDA_SUCCESS;
+  struct launch *launch = &stub_launches[at];
+  *launch = (struct launch){(uint32_t)(uintptr_t)function,
+                            {config->gridDimX, config->gridDimY, config->gridDimZ},
+                            config->blockDimX, config->sharedMemBytes, config->numAttrs};
+  for (unsigned i = 0; i < stub_parameters[at]; i++) memcpy(&launch->words[i], arguments[i], 4);
   return CUDA_SUCCESS;
 }
 CUresult cuLaunchKernel(CUfunction function, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
                         unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments,
                         void **extra) {
-  launched++;
-  return CUDA_SUCCESS;
+  CUlaunchConfig config = {.gridDimX = gx, .gridDimY = gy, .gridDimZ = gz, .blockDimX = bx,
+                           .sharedMemBytes = shared};
+  return cuLaunchKernelEx(&config, function, arguments, extra);
 }

@@ -24,8 +24,8 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     for_backward: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y [M, N], S [M, padded r], packed mask or None)."""
+) -> list[Tensor]:
+    """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
     r = lora_A.shape[0]
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     mask, dropped, keep_scale = None, x, 1.0
@@ -37,7 +37,9 @@ def forward(
     S = allocate((x.shape[0], padded_rank(r)))
     _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, S[:, :r])
     y.addmm_(S[:, :r], lora_B.to(x.dtype).t())
-    return y, S, mask
+    if not for_backward:
+        return [y]
+    return [y, S] if mask is None else [y, S, mask]
 
 
 def backward(
@@ -53,8 +55,8 @@ def backward(
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX [M, K], dA [r, K], dB [N, r]), None for those that are not needed."""
+) -> list[Tensor | None]:
+    """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
     r, K = lora_A.shape
     keep_scale = 1.0 / (1.0 - dropout_p)
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
@@ -75,7 +77,7 @@ def backward(
     if needs_B:
         assert S is not None
         dB = (dy.t() @ S[:, :r]).to(lora_B.dtype)
-    return dx, dA, dB
+    return [dx, dA, dB]
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float, out: Tensor) -> None:

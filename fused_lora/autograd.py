@@ -34,7 +34,7 @@ class LoRALinearFunction(torch.autograd.Function):
         seed: Tensor | None,
         backend: str,
     ) -> Tensor:
-        y, S, mask = ops.forward(
+        y, S, *mask = ops.forward(
             x,
             weight,
             lora_A,
@@ -54,7 +54,7 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_A,
             lora_B,
             S if needs_B else None,
-            mask if dropout_p > 0.0 else None,
+            mask[0] if mask else None,
             scaling_tensor,
         )
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend

@@ -10,6 +10,7 @@ from fused_lora import dropout, ops
 from fused_lora.autograd import LoRALinearFunction
 
 BACKENDS = ("auto", "triton", "aten")
+NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 
 def lora_linear(
@@ -85,10 +86,9 @@ def lora_linear(
 def _check_tensors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast: bool
 ) -> None:
-    named = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
-    if bias is not None:
-        named["bias"] = bias
-    for name, tensor in named.items():
+    device = x.device
+    given = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    for tensor, name in zip(given, NAMES, strict=False):
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
                 f"{name} is a DTensor, expected a plain tensor: a kernel sees one device's memory; "
@@ -99,9 +99,9 @@ def _check_tensors(
                 f"{name} has dtype {tensor.dtype}, expected a floating dtype: cast it, for example "
                 f"{name}.to(torch.bfloat16)"
             )
-        if tensor.device != x.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device}, x is on {x.device}: move them to one device"
+                f"{name} is on {tensor.device}, x is on {device}: move them to one device"
             )
     if x.dim() == 0:
         raise ValueError("x has no dimension, expected [..., in_features]: got shape ()")
@@ -137,11 +137,11 @@ def _check_tensors(
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must have shape ({N},), weight's out_features: got {_shape(bias)}")
     if not autocast:
-        for name in ("weight", "bias"):
-            if name in named and named[name].dtype != x.dtype:
+        for name, fixed in (("weight", weight), ("bias", bias)):
+            if fixed is not None and fixed.dtype != x.dtype:
                 raise TypeError(
-                    f"{name} is {named[name].dtype}, x is {x.dtype}, expected one dtype: cast x, "
-                    "or run under torch.autocast"
+                    f"{name} is {fixed.dtype}, x is {x.dtype}, expected one dtype: cast x, or run "
+                    "under torch.autocast"
                 )
 
 

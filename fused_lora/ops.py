@@ -71,7 +71,7 @@ _library = torch.library.Library("fused_lora", "DEF")
 _library.define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
     "Tensor? scaling_tensor, float dropout_p, Tensor? seed, str backend, bool for_backward) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
@@ -96,35 +96,27 @@ def _forward(
     seed: Tensor | None,
     backend: str,
     for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y [M, N], S [M, padded r], packed mask [M, ceil(K / 8)]). S and the mask are empty unless
-    `for_backward`; the mask is empty without dropout."""
+) -> list[Tensor]:
+    """[y [M, N]]; `for_backward` also S [M, padded r]; with dropout then also the packed mask
+    [M, ceil(K / 8)]."""
     backend_module = _backend(backend, x, weight.shape[0], weight, lora_A)
     scale = Scale(scaling, scaling_tensor)
     with _as_given(x):
-        y, S, mask = backend_module.forward(
+        return backend_module.forward(
             x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, for_backward
         )
-    if not for_backward or S is None:
-        S = x.new_empty((0, 0))
-    if not for_backward or mask is None:
-        mask = x.new_empty((0, 0), dtype=torch.uint8)
-    return y, S, mask
 
 
 def _forward_fake(
     x, weight, lora_A, lora_B, bias, scaling, scaling_tensor, dropout_p, seed, backend, for_backward
 ):
     M, K = x.shape
-    S_shape = (M, padded_rank(lora_A.shape[0])) if for_backward else (0, 0)
-    mask_shape = (0, 0)
-    if for_backward and dropout_p > 0.0:
-        mask_shape = (M, dropout.packed_columns(K))
-    return (
-        x.new_empty((M, weight.shape[0])),
-        x.new_empty(S_shape),
-        x.new_empty(mask_shape, dtype=torch.uint8),
-    )
+    outputs = [x.new_empty((M, weight.shape[0]))]
+    if for_backward:
+        outputs.append(x.new_empty((M, padded_rank(lora_A.shape[0]))))
+        if dropout_p > 0.0:
+            outputs.append(x.new_empty((M, dropout.packed_columns(K)), dtype=torch.uint8))
+    return outputs
 
 
 def _backward(
@@ -189,16 +181,19 @@ torch.library.register_fake("fused_lora::backward", _backward_fake, lib=_library
 def _as_given(x: Tensor) -> contextlib.AbstractContextManager:
     """Compute on x's device (Triton launches on the current one) and in the dtypes at hand
     (autocast, which `lora_linear` has applied, would cast again)."""
-    elsewhere = x.is_cuda and x.device.index != torch.cuda.current_device()
-    autocast = torch.is_autocast_enabled(x.device.type)
+    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
+    autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
     if not elsewhere and not autocast:
-        return contextlib.nullcontext()
+        return _NOTHING_TO_CHANGE
     stack = contextlib.ExitStack()
     if elsewhere:
         stack.enter_context(torch.cuda.device(x.device))
     if autocast:
         stack.enter_context(torch.autocast(x.device.type, enabled=False))
     return stack
+
+
+_NOTHING_TO_CHANGE = contextlib.nullcontext()
 
 
 def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor) -> ModuleType:

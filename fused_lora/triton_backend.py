@@ -16,12 +16,13 @@ from torch import Tensor
 from fused_lora import dropout
 from fused_lora.kernels import config
 from fused_lora.kernels.decode import decode, workspace
-from fused_lora.kernels.launch import INTERPRETING, describable
+from fused_lora.kernels.launch import describable
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
 from fused_lora.kernels.matmul_producer import producer_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
+from fused_lora.kernels.tape import INTERPRETING, Tape, play
 from fused_lora.scale import Scale, padded_rank
 
 __all__ = ["INTERPRETING", "backward", "choose_backend", "forward", "plan_product"]
@@ -49,18 +50,44 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     for_backward: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y [M, N], S [M, padded r] or None, packed mask or None)."""
+) -> list[Tensor]:
+    """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
     x = _unit_column_stride(x)
+    inputs = (x, weight, lora_A, lora_B, bias, scale.tensor, seed)
+    options = (config.PATH, _precision(x), scale.value, dropout_p, for_backward)
+    return play(_forward, inputs, options)
+
+
+def _forward(
+    tape: Tape,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: Tensor | None,
+    seed: Tensor | None,
+    path: str,
+    precision: str,
+    scale: float,
+    dropout_p: float,
+    for_backward: bool,
+) -> list[Tensor]:
     M, K = x.shape
-    y = x.new_empty((M, weight.shape[0]))
-    S = x.new_empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
+    y = tape.empty((M, weight.shape[0]))
+    S = tape.empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
     mask = None
     if dropout_p > 0.0:
-        bits = x.new_empty((M, dropout.packed_columns(K)), dtype=torch.uint8)
+        bits = tape.empty((M, dropout.packed_columns(K)), torch.uint8)
         mask = Mask(bits, dropout_p, seed)
-    _adapted_product(x, weight.t(), lora_A, lora_B.t(), y, S, scale, bias=bias, draw=mask)
-    return y, S, None if mask is None else mask.bits
+    w, b = weight.t(), lora_B.t()
+    plan = _plan(x, w, lora_A, y, draw=mask)
+    _adapted_product(
+        tape, plan, x, w, lora_A, b, y, S, Scale(scale, scaling), precision, bias=bias, draw=mask
+    )
+    if S is None:
+        return [y]
+    return [y, S] if mask is None else [y, S, mask.bits]
 
 
 def backward(
@@ -76,16 +103,46 @@ def backward(
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dX [M, K], dA [r, K], dB [N, r]), None for those that are not needed."""
+) -> list[Tensor | None]:
+    """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
     dy = _unit_column_stride(dy)
+    x = _unit_column_stride(x) if needs_A and x is not None else None
+    inputs = (dy, x, weight, lora_A, lora_B, S if needs_B else None, mask_bits, scale.tensor)
+    options = (
+        config.PATH, _precision(dy), scale.value, dropout_p, needs_x, needs_A, needs_B
+    )  # fmt: skip
+    return play(_backward, inputs, options)
+
+
+def _backward(
+    tape: Tape,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    mask_bits: Tensor | None,
+    scaling: Tensor | None,
+    path: str,
+    precision: str,
+    scale_value: float,
+    dropout_p: float,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+) -> list[Tensor | None]:
     M = dy.shape[0]
     N, K = weight.shape
     r = lora_A.shape[0]
     device = _device(dy.device)
+    scale = Scale(scale_value, scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
-    dS = dy.new_empty((M, padded_rank(r))) if needs_A else None
-    dx = dy.new_empty((M, K)) if needs_x else None
+    a = lora_B.t()
+    dS = tape.empty((M, padded_rank(r))) if needs_A else None
+    dx = tape.empty((M, K)) if needs_x else None
+    plan = None if dx is None else _plan(dy, weight, a, dx, masked=mask)
+    shrinks = plan.launches == 2 if plan is not None else needs_A
 
     partial = counters = None
     if needs_A or needs_B:
@@ -93,40 +150,41 @@ def backward(
         counts = tile_counts(K, N, r, tiles, needs_A, needs_B)
         splits = config.rank_grad_splits(device, sum(counts[:2]) * counts[2], M, tiles)
         if splits > 1:
-            elements = partial_elements(counts, splits, r, tiles)
-            partial = dy.new_empty(elements, dtype=torch.float32)
-            counters = dy.new_empty(sum(counts[:2]) * counts[2], dtype=torch.int32)
+            partial = tape.empty((partial_elements(counts, splits, r, tiles),), torch.float32)
+            # zeroed by shrink where one runs anyway
+            slots = (sum(counts[:2]) * counts[2],)
+            counters = tape.empty(slots, torch.int32, zeroed=not shrinks)
 
     if dx is not None:
+        assert plan is not None
         _adapted_product(
-            dy, weight, lora_B.t(), lora_A, dx, dS, scale, masked=mask, counters=counters
-        )
+            tape, plan, dy, weight, a, lora_A, dx, dS, scale, precision, masked=mask,
+            counters=counters if shrinks else None,
+        )  # fmt: skip
     elif dS is not None:
-        _shrink_only(dy, lora_B.t(), dS, scale, counters)
-    elif counters is not None:
-        counters.zero_()
+        _shrink_only(dy, a, dS, scale, counters, precision)
 
-    dA = torch.empty_like(lora_A, memory_format=torch.contiguous_format) if needs_A else None
-    dB = torch.empty_like(lora_B, memory_format=torch.contiguous_format) if needs_B else None
+    dA = tape.empty(lora_A.shape, lora_A.dtype) if needs_A else None
+    dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     if needs_A or needs_B:
         rank_grad(
             tiles,
             splits,
             M,
             r,
-            x=None if x is None or not needs_A else _unit_column_stride(x),
+            x=x,
             dS=dS,
             dA=dA,
             dY=dy if needs_B else None,
-            S=S if needs_B else None,
+            S=S,
             dB=dB,
             mask=mask.bits if mask is not None and needs_A else None,
             keep_scale=1.0 if mask is None else mask.keep_scale,
             partial=partial,
             counters=counters,
-            input_precision=_precision(dy),
+            input_precision=precision,
         )
-    return dx, dA, dB
+    return [dx, dA, dB]
 
 
 def choose_backend(x: Tensor, N: int, r: int) -> str:
@@ -163,7 +221,42 @@ def plan_product(
     )
 
 
+def _plan(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    y: Tensor,
+    *,
+    draw: Mask | None = None,
+    masked: Mask | None = None,
+) -> config.Product:
+    """How `_adapted_product` runs on these operands."""
+    transposed = w.stride(1) != 1
+    addressable = describable(x) and describable(y) and 1 in w.stride()
+    stored_w = _stored(w, transposed)
+    if w.dtype == x.dtype:
+        addressable = addressable and describable(stored_w)
+    else:  # autocast: the copy that is made of it has rows of exactly its width
+        addressable = addressable and stored_w.shape[1] * x.element_size() % 16 == 0
+    adapter = a if transposed else a.t()  # as the descriptor kernels read it
+    M, K = x.shape
+    return plan_product(
+        x.device,
+        x.dtype,
+        M,
+        w.shape[1],
+        K,
+        a.shape[0],
+        drawn=draw is not None,
+        masked=masked is not None,
+        addressable=addressable,
+        adapter_addressable=a.dtype == x.dtype and describable(adapter),
+    )
+
+
 def _adapted_product(
+    tape: Tape,
+    plan: config.Product,
     x: Tensor,
     w: Tensor,
     a: Tensor,
@@ -171,6 +264,7 @@ def _adapted_product(
     y: Tensor,
     S: Tensor | None,
     scale: Scale,
+    precision: str,
     *,
     bias: Tensor | None = None,
     draw: Mask | None = None,
@@ -180,36 +274,14 @@ def _adapted_product(
     """y = x w + mask * (S b) + bias, S = scale * D(x) a^T stored when a buffer is given.
 
     x [M, K], w [K, N], a [r, K], b [r, N], y [M, N]. `draw` drops x before a, `masked` masks the
-    adapter term; `counters` are zero afterwards.
+    adapter term; `counters` are zeroed by shrink, which the plan must have.
     """
-    M, K = x.shape
-    N, r = w.shape[1], a.shape[0]
+    M, r = x.shape[0], a.shape[0]
     transposed = w.stride(1) != 1
-    addressable = describable(x) and describable(y) and 1 in w.stride()
-    stored_w = _stored(w, transposed)
-    if w.dtype == x.dtype:
-        addressable = addressable and describable(stored_w)
-    else:  # autocast: the copy that is made of it has rows of exactly its width
-        addressable = addressable and stored_w.shape[1] * x.element_size() % 16 == 0
-    adapter = a if transposed else a.t()  # as the descriptor kernels read it
-    plan = plan_product(
-        x.device,
-        x.dtype,
-        M,
-        N,
-        K,
-        r,
-        drawn=draw is not None,
-        masked=masked is not None,
-        addressable=addressable,
-        adapter_addressable=a.dtype == x.dtype and describable(adapter),
-    )
-    precision = _precision(x)
-    if plan.launches == 1 and counters is not None:
-        counters.zero_()
+    programs = _device(x.device).sm_count
     if plan.path == "decode":
         assert plan.decode is not None
-        sizes = workspace(M, N, r, plan.decode)
+        sizes = workspace(M, w.shape[1], r, plan.decode)
         split = plan.decode.SPLITS > 1
         decode(
             x,
@@ -222,9 +294,9 @@ def _adapted_product(
             S=S,
             scale=scale.value,
             scaling=scale.tensor,
-            partial=x.new_empty(sizes[0], dtype=torch.float32) if split else None,
-            partial_s=x.new_empty(sizes[1], dtype=torch.float32) if split else None,
-            counters=x.new_zeros(sizes[2], dtype=torch.int32) if split else None,
+            partial=tape.empty((sizes[0],), torch.float32) if split else None,
+            partial_s=tape.empty((sizes[1],), torch.float32) if split else None,
+            counters=tape.empty((sizes[2],), torch.int32, zeroed=True) if split else None,
             input_precision=precision,
         )
         return
@@ -247,10 +319,9 @@ def _adapted_product(
         return
 
     if S is None:
-        S = x.new_empty((M, padded_rank(r)))
-    programs = _device(x.device).sm_count
+        S = tape.empty((M, padded_rank(r)))
     if plan.path == "producer":
-        flags = x.new_zeros(-(-M // plan.matmul.BLOCK_M), dtype=torch.int32)
+        flags = tape.empty((-(-M // plan.matmul.BLOCK_M),), torch.int32, zeroed=True)
         if INTERPRETING:  # programs run one after the other there: one may wait for another
             programs = 1
         producer_matmul(
@@ -279,7 +350,7 @@ def _adapted_product(
         stored = _stored(b, transposed)
         if stored.dtype != x.dtype or not describable(stored):
             source = stored
-            packed = x.new_empty((stored.shape[0], padded_rank(stored.shape[1])))
+            packed = tape.empty((stored.shape[0], padded_rank(stored.shape[1])))
             stored = packed
         b = _stored(stored, transposed)
     shrink(
@@ -321,7 +392,9 @@ def _adapted_product(
     )
 
 
-def _shrink_only(x: Tensor, a: Tensor, S: Tensor, scale: Scale, counters: Tensor | None) -> None:
+def _shrink_only(
+    x: Tensor, a: Tensor, S: Tensor, scale: Scale, counters: Tensor | None, precision: str
+) -> None:
     """S = scale * x a^T with no product behind it; zeroes the counters."""
     device = _device(x.device)
     M, K = x.shape
@@ -335,7 +408,7 @@ def _shrink_only(x: Tensor, a: Tensor, S: Tensor, scale: Scale, counters: Tensor
         scale=scale.value,
         scaling=scale.tensor,
         counters=counters,
-        input_precision=_precision(x),
+        input_precision=precision,
     )
 
 

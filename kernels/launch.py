@@ -1,22 +1,16 @@
-"""How a kernel is launched: by Triton's jit the first time, directly after that.
-
-`kernel[grid](...)` spends most of its host time finding out again which specialisation to run. The
-answer depends on dtypes, pointer alignment, integer arguments and constexprs alone, so it is kept
-under that key and the compiled kernel is run directly. Grids may differ under one key.
-"""
+"""How a kernel is launched: by Triton's jit, noted down on the tape of the operator call."""
 
 from __future__ import annotations
 
 import torch
-import triton
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-INTERPRETING = triton.knobs.runtime.interpret
-MAX_PLANS = 8192
+from fused_lora.kernels.tape import INTERPRETING, recording
+
 # Triton 3.10 turns this off by default; a * b + c in one rounding is what every epilogue here wants
 OPTIONS = {"enable_fp_fusion": True}
-_plans: dict[tuple, object] = {}
+
+__all__ = ["INTERPRETING", "OPTIONS", "cdiv", "describable", "launch", "next_power_of_2"]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -34,73 +28,23 @@ def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=F
     block_shape, layout) for one of a Gluon kernel.
     config: carries num_warps and num_stages. pdl: programmatic dependent launch.
     """
-    if INTERPRETING:
-        _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, pdl)
-        return
-    device = driver.active.get_current_device()
-    kinds = [
-        None
-        if tensor is None
-        else (tensor[0].dtype, tensor[1])
-        if type(tensor) is tuple
-        else (tensor.dtype, tensor.data_ptr() % 16 == 0)
-        for tensor in tensors
-    ]
-    key = (id(kernel), device, config.num_warps, config.num_stages, pdl, integers, constexprs)
-    key += tuple(kinds)
-    compiled = _plans.get(key)
-    if compiled is None or _profiled():
-        compiled = _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, pdl)
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = compiled
-        return
-    compiled.run(
-        *grid,
-        driver.active.get_current_stream(device),
-        compiled.function,
-        compiled.packed_metadata,
-        None,
-        None,
-        None,
-        *[_Descriptor(*t[:2]) if type(t) is tuple else t for t in tensors],
-        *integers,
-        *floats,
-        *constexprs,
-    )
-
-
-def _first_launch(kernel, grid, tensors, integers, floats, constexprs, config, pdl):
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
     if pdl:
         options["launch_pdl"] = True
-    arguments = [_checked_descriptor(*t) if type(t) is tuple else t for t in tensors]
-    return kernel[grid](*arguments, *integers, *floats, *constexprs, **options)
+    arguments = [_descriptor(*t) if type(t) is tuple else t for t in tensors]
+    arguments += [*integers, *floats, *constexprs]
+    compiled = kernel[grid](*arguments, **options)
+    tape = recording()
+    if tape is not None:
+        tape.add(compiled, grid, arguments)
 
 
-def _checked_descriptor(tensor, block_shape, layout=None):
+def _descriptor(tensor, block_shape, layout=None):
     if layout is None:
         return TensorDescriptor.from_tensor(tensor, list(block_shape))
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 
     return GluonDescriptor.from_tensor(tensor, list(block_shape), layout)
-
-
-def _profiled() -> bool:
-    """Whether a profiler listens to launches: it gets its metadata from Triton's own path."""
-    hook = triton.knobs.runtime.launch_enter_hook
-    return bool(hook is not None and getattr(hook, "calls", True))
-
-
-class _Descriptor(TensorDescriptor):
-    """A host-side tensor descriptor without TensorDescriptor's checks: the first launch made them,
-    and `describable` makes those that depend on the address."""
-
-    def __init__(self, base: torch.Tensor, block_shape: tuple[int, ...]) -> None:
-        self.base = base
-        self.shape = base.shape
-        self.strides = base.stride()
-        self.block_shape = block_shape
 
 
 def describable(tensor: torch.Tensor) -> bool:

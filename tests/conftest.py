@@ -39,7 +39,11 @@ def device():
 @pytest.fixture(autouse=True)
 def poisoned_allocations(monkeypatch):
     """Every uninitialised buffer of the library starts as NaN (floats) or as all ones (integers):
-    an element that a kernel forgets to write shows, and so does a counter nobody zeroed."""
+    an element that a kernel forgets to write shows, and so does a counter nobody zeroed. No launch
+    recorded by another test is replayed."""
+    from fused_lora.kernels import tape
+
+    tape.forget()
     new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def poison(tensor):

@@ -65,9 +65,9 @@ def forward_arguments(M, N, K, r, backend, device, *, p=0.0, bias=True, dtype=to
 def backward_arguments(needs, *args, **options):
     given = forward_arguments(*args, **options)
     x, weight, lora_A, lora_B, _, scaling, factor, p, _, backend, _ = given
-    y, S, mask = ops.forward(*given)
+    y, S, *mask = ops.forward(*given)
     saved = (x if needs[1] or needs[2] else None, weight, lora_A, lora_B, S if needs[3] else None)
-    dropped = mask if p else None
+    dropped = mask[0] if mask else None
     return [torch.randn_like(y), *saved, dropped, scaling, factor, p, list(needs), backend]
 
 

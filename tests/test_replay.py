@@ -1,0 +1,53 @@
+"""A recorded call hands the driver what Triton's own launch path would have handed it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import replay_facts
+
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(sys.platform != "linux", reason="the stub stands in for Linux's libcuda"),
+    pytest.mark.skipif(
+        shutil.which("cc") is None and shutil.which("gcc") is None,
+        reason="needs a C compiler for its stub of libcuda, there is none",
+    ),
+    pytest.mark.xdist_group("replay"),
+]
+
+
+@pytest.fixture(scope="module")
+def facts():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(replay_facts.__file__)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("case", replay_facts.cases())
+def test_a_replay_launches_what_triton_launches(case, facts):
+    """Functions, grids, shared memory, attributes, and every parameter of every kernel."""
+    assert facts[case]["replayed"] == facts[case]["triton"] != []
+
+
+@pytest.mark.parametrize("case", replay_facts.cases())
+def test_a_call_is_recorded_unless_its_tensors_cannot_be_told_apart(case, facts):
+    assert facts[case]["tapes"] == (0 if case == replay_facts.SHARED_STORAGE else 2)
+
+
+def test_recorded_launches_carry_programmatic_dependence(facts):
+    """Launch attributes, the last entry of the setup, on the descriptor matmuls of pdl alone."""
+    attributes = {
+        path: [launch[6] for launch in facts[path]["replayed"]] for path in ("pdl", "serial")
+    }
+    assert attributes["pdl"][1] > attributes["serial"][1]
+    assert attributes["pdl"][0] == attributes["serial"][0]
