@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora import dropout
-from fused_lora.scale import RANK_PADDING, Scale, padded_rank
+from fused_lora.scale import Scale, padded_rank
 
 
 def forward(
@@ -33,10 +33,11 @@ def forward(
         assert seed is not None
         mask = dropout.packed_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), 1.0 / (1.0 - dropout_p)
-    allocate = x.new_empty if r % RANK_PADDING == 0 else x.new_zeros
-    S = allocate((x.shape[0], padded_rank(r)))
-    _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, S[:, :r])
-    y.addmm_(S[:, :r], lora_B.to(x.dtype).t())
+    columns = padded_rank(r) if for_backward else r
+    S = (x.new_empty if columns == r else x.new_zeros)((x.shape[0], columns))
+    exact = S if columns == r else S[:, :r]
+    _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, exact)
+    y.addmm_(exact, lora_B.to(x.dtype).t())
     if not for_backward:
         return [y]
     return [y, S] if mask is None else [y, S, mask]
@@ -62,21 +63,21 @@ def backward(
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
     dx = dA = dB = None
     if needs_x or needs_A:
-        dS = dy.new_empty((dy.shape[0], r))
-        _scaled_product(dy, lora_B.to(dy.dtype), scale, 1.0, dS)
+        dS_t = dy.new_empty((r, dy.shape[0]))  # narrow results are faster transposed
+        _scaled_product(lora_B.to(dy.dtype).t(), dy.t(), scale, 1.0, dS_t)
     if needs_x:
         dx = dy @ weight.to(dy.dtype)
         if keep is None:
-            dx.addmm_(dS, lora_A.to(dy.dtype))
+            dx.addmm_(dS_t.t(), lora_A.to(dy.dtype))
         else:
-            dx += (dS @ lora_A.to(dy.dtype)) * keep * keep_scale
+            dx += (dS_t.t() @ lora_A.to(dy.dtype)) * keep * keep_scale
     if needs_A:
         assert x is not None
-        dA = dS.t() @ (x if keep is None else x * keep)
+        dA = dS_t @ (x if keep is None else x * keep)
         dA = (dA if keep is None else dA * keep_scale).to(lora_A.dtype)
     if needs_B:
         assert S is not None
-        dB = (dy.t() @ S[:, :r]).to(lora_B.dtype)
+        dB = (S[:, :r].t() @ dy).t().contiguous().to(lora_B.dtype)
     return [dx, dA, dB]
 
 
