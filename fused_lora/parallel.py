@@ -1,6 +1,5 @@
 """Tensor parallelism: styles for torch's `parallelize_module` that split a FusedLoRALinear over a
-mesh.
-Every rank runs the fused kernels on its own shards."""
+mesh; every rank runs the fused kernels on its own shards."""
 
 from __future__ import annotations
 
