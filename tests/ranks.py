@@ -64,6 +64,7 @@ def main(rank, world, folder, names):
             torch.manual_seed(0)
             module, _, function = name.partition(":")
             getattr(importlib.import_module(module), function)()
+            dist.barrier()  # leaving early would cut off the others
         except Exception:
             error = f"rank {rank}: {traceback.format_exc()}"
         Path(folder, f"{name}.{rank}").write_text(json.dumps(error))
