@@ -205,24 +205,35 @@ class FusedLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
+        return self._forward(x, self.weight, self.lora_A, self.lora_B, self.bias)
+
+    def _forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
         if not self._adapters_ready:
             raise RuntimeError(
                 "lora_A and lora_B are not initialised (the layer was built on the meta device or "
                 "emptied): call reset_lora_parameters() or load a state_dict with both of them"
             )
         if self._merged:
-            weight = self.weight
-            if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
-                weight = _MergedWeight.apply(weight, self.lora_A, self.lora_B)
-            return F.linear(x, weight, self.bias)
+            if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
+                weight = _MergedWeight.apply(weight, lora_A, lora_B)
+            return F.linear(x, weight, bias)
         return lora_linear(
             x,
-            self.weight,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout if self.training else 0.0,
+            seed=seed,
             backend=self.backend,
         )
 

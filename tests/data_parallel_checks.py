@@ -1,0 +1,322 @@
+"""What test_distributed asks of every rank under DDP and FSDP2: the numbers of one process."""
+
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fused_lora import FusedLoRALinear, explain
+
+K, N, TOKENS, STEPS = 12, 22, 8, 3
+FULL = StateDictOptions(full_state_dict=True)
+
+
+class Block(nn.Module):
+    """Frozen and trainable parameters side by side, as in a transformer's block."""
+
+    def __init__(self, **options):
+        super().__init__()
+        options = {"r": 3, "init_lora_weights": False, **options}
+        dtype = options.get("dtype")
+        self.norm = nn.LayerNorm(K, dtype=dtype, device=options.get("device")).requires_grad_(False)
+        self.up = FusedLoRALinear(K, N, **options)
+        self.down = FusedLoRALinear(N, K, **options)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).tanh())
+
+
+class Model(nn.Module):
+    def __init__(self, recompute=False, **options):
+        super().__init__()
+        self.recompute = recompute
+        self.blocks = nn.ModuleList([Block(**options) for _ in range(2)])
+        keep = {k: options[k] for k in ("dtype", "device") if k in options}
+        self.head = nn.Linear(K, 5, **keep)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        return self.head(x)
+
+
+def twins(dtype=torch.float64, **options):
+    """Two equal models, the same on every rank."""
+    torch.manual_seed(0)
+    model = Model(dtype=dtype, **options)
+    return model, copy.deepcopy(model)
+
+
+def data(dtype=torch.float64):
+    torch.manual_seed(1)
+    return torch.randn(STEPS, TOKENS, K, dtype=dtype), torch.randn(STEPS, TOKENS, 5, dtype=dtype)
+
+
+def mine(batch):
+    """This rank's share of a batch."""
+    return batch[dist.get_rank() :: dist.get_world_size()]
+
+
+def trainable(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def assert_close(ours, theirs, **tolerance):
+    assert list(ours) == list(theirs)
+    for name in ours:
+        torch.testing.assert_close(
+            whole(ours[name].detach()),
+            theirs[name].detach(),
+            msg=lambda m, n=name: f"{n}: {m}",
+            **tolerance,
+        )
+
+
+def grads(model):
+    return {name.removeprefix("module."): p.grad for name, p in trainable(model).items()}
+
+
+def losses_of(call, model, batches):
+    """Train; the mean loss over the ranks at every step. The last step's gradients are left."""
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=0.01)
+    losses = []
+    for x, target in batches:
+        optimizer.zero_grad()
+        loss = F.mse_loss(call(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_trains_like_one_process(call, model, alone):
+    xs, targets = data()
+    losses = losses_of(call, model, [(mine(x), mine(t)) for x, t in zip(xs, targets, strict=True)])
+    mean = torch.tensor(losses, dtype=torch.float64)
+    dist.all_reduce(mean)
+    expected = losses_of(alone, alone, list(zip(xs, targets, strict=True)))
+    torch.testing.assert_close(mean / dist.get_world_size(), torch.tensor(expected).double())
+    assert_close(grads(model), grads(alone))
+    assert_close(
+        {n.removeprefix("module."): p for n, p in trainable(model).items()}, trainable(alone)
+    )
+
+
+def ddp_gives_the_losses_and_gradients_of_one_process():
+    for options in ({}, {"static_graph": True}, {"gradient_as_bucket_view": True}):
+        model, alone = twins()
+        parallel = DistributedDataParallel(model, **options)
+        assert_trains_like_one_process(parallel, model, alone)
+
+
+def ddp_accumulates_gradients_without_synchronising():
+    model, alone = twins()
+    parallel = DistributedDataParallel(model)
+    xs, targets = data()
+    with parallel.no_sync():
+        for x, target in zip(xs[:-1], targets[:-1], strict=True):
+            F.mse_loss(parallel(mine(x)), mine(target)).backward()
+    F.mse_loss(parallel(mine(xs[-1])), mine(targets[-1])).backward()
+    for x, target in zip(xs, targets, strict=True):
+        F.mse_loss(alone(x), target).backward()
+    assert_close(grads(model), grads(alone))
+
+
+def shard(model, *, leaves=False, **options):
+    """FSDP2, a unit per block, or one per adapted layer as well."""
+    for block in model.blocks:
+        if leaves:
+            fully_shard(block.up, **options)
+            fully_shard(block.down, **options)
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+OFFLOAD = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+
+
+def fsdp_gives_the_losses_and_gradients_of_one_process():
+    for options in (
+        {},
+        {"reshard_after_forward": False},
+        {"leaves": True},
+        {"offload_policy": OFFLOAD},
+    ):
+        model, alone = twins()
+        assert_trains_like_one_process(shard(model, **options), model, alone)
+        layer = model.blocks[0].up
+        assert all(isinstance(p, DTensor) for p in layer.parameters()), "not sharded at rest"
+
+
+def fsdp_recomputes_checkpointed_blocks_with_their_masks():
+    for recompute in (False, True):
+        model, plain = twins(lora_dropout=0.5)
+        model.recompute = recompute
+        shard(model)
+        x, target = (mine(t[0]) for t in data())
+        for module in (model, plain):
+            torch.manual_seed(5 + dist.get_rank())
+            F.mse_loss(module(x), target).backward()
+        for p in trainable(plain).values():
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+        assert_close(grads(model), grads(plain))
+
+
+def fsdp_mixed_precision_computes_in_bf16_and_reduces_in_fp32():
+    """Each rank's share in bf16 copies of the parameters, the mean of the gradients in fp32."""
+    model, alone = twins(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(model, mp_policy=policy)
+    x, target = (mine(t[0]) for t in data(torch.float32))
+    loss = F.mse_loss(model(x).float(), target)
+    loss.backward()
+    half = {name: p.detach().bfloat16() for name, p in alone.named_parameters()}
+    for name in trainable(alone):
+        half[name].requires_grad_()
+    expected = F.mse_loss(torch.func.functional_call(alone, half, (x.bfloat16(),)).float(), target)
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    for name, p in trainable(alone).items():
+        p.grad = half[name].grad.float()
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    assert_close(grads(model), grads(alone), rtol=1e-6, atol=1e-7)
+    assert {p.grad.dtype for p in trainable(model).values()} == {torch.float32}
+
+
+def fsdp_trains_fp32_adapters_on_a_bf16_base():
+    torch.manual_seed(0)
+    model = Model(dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    model.head.requires_grad_(False)
+    alone = copy.deepcopy(model)
+    shard(model)
+    x = data()[0][0].bfloat16()
+    model(mine(x)).square().sum().backward()
+    mine_alone = alone(mine(x)).square().sum()
+    mine_alone.backward()
+    for p in trainable(alone).values():
+        assert p.grad.dtype == torch.float32
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    assert_close(grads(model), grads(alone))
+
+
+def fsdp_runs_the_kernels():
+    model, alone = twins(torch.float32, backend="triton", lora_dropout=0.25)
+    shard(model)
+    x, target = (mine(t[0]) for t in data(torch.float32))
+    for module in (model, alone):
+        torch.manual_seed(5)
+        F.mse_loss(module(x), target).backward()
+    for p in trainable(alone).values():
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    assert_close(grads(model), grads(alone))
+    assert "triton" in explain(model)
+
+
+def fsdp_state_dicts_are_those_of_one_process():
+    model, alone = twins()
+    expected = {name: value.clone() for name, value in alone.state_dict().items()}
+    shard(model)
+    assert_close(get_model_state_dict(model, options=FULL), expected)
+    other = shard(Model(dtype=torch.float64))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, dict(expected) if dist.get_rank() == 0 else {}, options=options)
+    assert_close(get_model_state_dict(other, options=FULL), expected)
+    for layer in (other.blocks[0].up, other.blocks[1].down):  # an adapter alone, as sharded tensors
+        layer.load_state_dict(
+            {k: layer.state_dict()[k] for k in ("lora_A", "lora_B")}, strict=False
+        )
+    assert_close(get_model_state_dict(other, options=FULL), expected)
+
+
+def fsdp_checkpoints_are_written_and_read_in_shards():
+    folder = [None]
+    if dist.get_rank() == 0:
+        import tempfile
+
+        folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    model, alone = twins()
+    shard(model)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder[0])
+    torch.manual_seed(9)
+    other = shard(Model(dtype=torch.float64))
+    state = {"model": get_model_state_dict(other)}
+    dcp.load(state, checkpoint_id=folder[0])
+    set_model_state_dict(other, state["model"])
+    assert_close(get_model_state_dict(other, options=FULL), dict(alone.state_dict()))
+
+
+def fsdp_builds_on_the_meta_device_and_refuses_to_run_before_it_has_adapters():
+    _, alone = twins()
+    x = mine(data()[0][0])
+
+    def materialised():
+        model = shard(Model(dtype=torch.float64, device="meta"))
+        model.to_empty(device="cpu")
+        return model
+
+    try:
+        materialised()(x)
+    except RuntimeError as error:
+        assert "reset_lora_parameters" in str(error)
+    else:
+        raise AssertionError("ran without adapters")
+    model = materialised()
+    for block in model.blocks:
+        block.up.reset_lora_parameters()
+        block.down.reset_lora_parameters()
+        for layer in (block.up, block.down):
+            A = layer.lora_A.full_tensor()
+            assert 0.5 < A.abs().max() * layer.in_features**0.5 <= 1, "not initialised as a whole"
+    base = {name: value for name, value in alone.state_dict().items() if "lora" not in name}
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, base, options=options)
+    full = get_model_state_dict(model, options=FULL)
+    alone.load_state_dict({name: value.clone() for name, value in full.items()})
+    assert_trains_like_one_process(model, model, alone)
+
+
+def a_layer_outside_of_fsdps_forward_is_refused():
+    model, _ = twins()
+    shard(model)
+    try:
+        model.blocks[0].up(mine(data()[0][0]))
+    except TypeError as error:
+        assert "weight is a DTensor" in str(error)
+    else:
+        raise AssertionError("computed with a shard of the weight")
+
+
+TWO_RANKS = [
+    ddp_gives_the_losses_and_gradients_of_one_process,
+    ddp_accumulates_gradients_without_synchronising,
+    fsdp_gives_the_losses_and_gradients_of_one_process,
+    fsdp_recomputes_checkpointed_blocks_with_their_masks,
+    fsdp_mixed_precision_computes_in_bf16_and_reduces_in_fp32,
+    fsdp_trains_fp32_adapters_on_a_bf16_base,
+    fsdp_runs_the_kernels,
+    fsdp_state_dicts_are_those_of_one_process,
+    fsdp_checkpoints_are_written_and_read_in_shards,
+    fsdp_builds_on_the_meta_device_and_refuses_to_run_before_it_has_adapters,
+    a_layer_outside_of_fsdps_forward_is_refused,
+]
