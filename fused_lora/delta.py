@@ -1,5 +1,5 @@
-"""`lora_delta`: adds the adapter term to the output of a base layer that computes itself (quantised,
-hooked, of another class), without a temporary of the output's size.
+"""`lora_delta`: adds the adapter term to the output of a base layer that computes itself (because
+it is quantised, hooked or of another class), without a temporary of the output's size.
 
 out = base_output + scaling * (D(x) A^T) B^T. S = scaling * D(x) A^T is formed as in `lora_linear`,
 with the same dropout mask for the same seed; one library product then reads and writes the output.

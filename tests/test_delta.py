@@ -123,11 +123,14 @@ def test_a_base_whose_backward_needs_its_output_raises_rather_than_lies(device):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True)]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_the_gradients_asked_for_are_computed(needs, backend, device):
     case = testing.make_case(33, 48, 64, 8, torch.float32, bias=False, device=device)
-    leaves = [t.requires_grad_(need) for t, need in zip((case.x, case.lora_A, case.lora_B), needs)]
+    tensors = (case.x, case.lora_A, case.lora_B)
+    leaves = [t.requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     base_output = torch.randn(33, 48, device=device)
     options = {"dropout_p": 0.3, "seed": seed(device=device), "backend": backend}
     lora_delta(base_output, *leaves, **options).backward(case.dy)
@@ -156,7 +159,7 @@ def test_the_operators_obey_torchs_rules_for_operators(device):
     case = testing.make_case(7, 48, 64, 8, torch.float32, device=device)
     term = (case.x, case.lora_A, case.lora_B, 2.0, None, 0.3, seed(device=device), "aten", True)
     checks = ("test_schema", "test_faketensor")
-    y, S, mask = torch.ops.fused_lora.delta(case.dy, *term)
+    _, S, mask = torch.ops.fused_lora.delta(case.dy, *term)
     torch.library.opcheck(torch.ops.fused_lora.delta.default, (case.dy, *term), test_utils=checks)
     torch.library.opcheck(torch.ops.fused_lora.delta_.default, (case.dy, *term), test_utils=checks)
     args = (case.dy, *term[:3], S, mask, 2.0, None, 0.3, [True, False, True], "aten")
@@ -172,11 +175,9 @@ def test_it_compiles_without_a_graph_break(device):
         return lora_delta(F.linear(x, case.weight), x, lora_A, lora_B, scaling=2.0)
 
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for run in (block, compiled):
-        grads = torch.autograd.grad(run(*tensors), tensors, case.dy)
-        expected = grads if run is block else expected
-        for ours, theirs in zip(grads, expected, strict=True):
-            torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(run(*tensors), tensors, case.dy) for run in (block, compiled)]
+    for eager, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.parametrize(
