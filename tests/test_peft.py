@@ -210,17 +210,25 @@ def test_save_load_merge_and_switching_adapters_are_pefts(tmp_path):
 
 
 def test_enable_patches_what_is_made_until_disable():
+    class Theirs(lora.Linear):
+        pass
+
     before = adapted()
     fused.enable(backend="aten")
     try:
         during = adapted()
         assert lora_layer(during)._fused_lora.backend == "aten"
         embedded = adapted(nn.Sequential(nn.Embedding(5, 4)), target_modules=["0"])
+        config = peft.LoraConfig(target_modules=["first"])
+        config._register_custom_module({nn.Linear: Theirs})
+        theirs = peft.get_peft_model(Tiny(), config)
     finally:
         fused.disable()
+    assert lora.Linear.__init__ is fused._peft_init
     assert type(lora_layer(before)) is type(lora_layer(adapted())) is lora.Linear
     assert type(lora_layer(during)) is fused.FusedLinear
     assert type(lora_layer(embedded, "0")) is lora.Embedding
+    assert type(lora_layer(theirs)) is Theirs
     x = torch.randn(5, FIRST[0])
     torch.testing.assert_close(during(x), before(x), **CLOSE)
     assert fused.call_counts(during) == {"full": 2, "delta": 0, "peft": 0}

@@ -13,6 +13,7 @@ pytest.importorskip("peft", reason="needs the extra `peft`")
 
 import peft
 import peft_table
+from peft.helpers import disable_input_dtype_casting
 from peft_models import FIRST, Tiny, adapted, lora_layer
 from peft_table import FEATURES
 
@@ -109,6 +110,27 @@ def test_the_path_is_chosen_anew_at_every_call():
     model(x)
     assert fused.call_counts(model) == {"full": 2, "delta": 1, "peft": 1}
     assert layer._fused_lora.calls["peft", "adapters are disabled"] == 1
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (torch.empty(5, FIRST[0], device="meta"), "x and the adapters are on different devices"),
+        (torch.ones(5, FIRST[0], dtype=torch.int64), "x is int64, lora_A float32"),
+        (torch.ones(5, FIRST[0], dtype=torch.float64), "casting of the input's dtype is disabled"),
+    ],
+)
+def test_what_pefts_layer_refuses_is_left_to_it(x, reason):
+    layer = lora_layer(adapted())
+    fused.patch(layer)
+    with disable_input_dtype_casting(layer):
+        assert fused.explain(layer, x).startswith(f"layer: peft ({reason})")
+
+
+def test_a_dropout_that_drops_everything_leaves_the_base():
+    model, x = adapted(lora_dropout=1.0), torch.randn(5, FIRST[0])
+    fused.patch(model)
+    assert torch.equal(lora_layer(model)(x), lora_layer(model).base_layer(x))
 
 
 def test_hooks_on_every_module_send_calls_to_peft():
