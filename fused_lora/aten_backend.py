@@ -26,21 +26,34 @@ def forward(
     for_backward: bool,
 ) -> list[Tensor]:
     """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
-    r = lora_A.shape[0]
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    mask, dropped, keep_scale = None, x, 1.0
+    return [y, *add_adapter(y, x, lora_A, lora_B, scale, dropout_p, seed, for_backward)]
+
+
+def add_adapter(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Scale,
+    dropout_p: float,
+    seed: Tensor | None,
+    for_backward: bool,
+) -> list[Tensor]:
+    """y += S B^T in place, S = scale * D(x) A^T. Returns what `forward` returns beside y."""
+    r = lora_A.shape[0]
+    kept, dropped, keep_scale = [], x, 1.0
     if dropout_p > 0.0:
         assert seed is not None
         mask = dropout.packed_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), 1.0 / (1.0 - dropout_p)
+        kept = [mask]
     columns = padded_rank(r) if for_backward else r
     S = (x.new_empty if columns == r else x.new_zeros)((x.shape[0], columns))
     exact = S if columns == r else S[:, :r]
     _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, exact)
     y.addmm_(exact, lora_B.to(x.dtype).t())
-    if not for_backward:
-        return [y]
-    return [y, S] if mask is None else [y, S, mask]
+    return [S, *kept] if for_backward else []
 
 
 def backward(
@@ -58,19 +71,41 @@ def backward(
     needs_B: bool,
 ) -> list[Tensor | None]:
     """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
+    dx = dy @ weight.to(dy.dtype) if needs_x else None
+    return adapter_gradients(
+        dy, x, lora_A, lora_B, S, mask_bits, scale, dropout_p, needs_x, needs_A, needs_B, dx
+    )
+
+
+def adapter_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    mask_bits: Tensor | None,
+    scale: Scale,
+    dropout_p: float,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+    dx: Tensor | None = None,
+) -> list[Tensor | None]:
+    """[dX, dA, dB] of the adapter term alone; its dX is added to `dx` in place where one is given.
+    None for those that are not needed."""
     r, K = lora_A.shape
     keep_scale = 1.0 / (1.0 - dropout_p)
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
-    dx = dA = dB = None
+    dA = dB = None
     if needs_x or needs_A:
         dS_t = dy.new_empty((r, dy.shape[0]))  # narrow results are faster transposed
         _scaled_product(lora_B.to(dy.dtype).t(), dy.t(), scale, 1.0, dS_t)
-    if needs_x:
-        dx = dy @ weight.to(dy.dtype)
-        if keep is None:
-            dx.addmm_(dS_t.t(), lora_A.to(dy.dtype))
-        else:
-            dx += (dS_t.t() @ lora_A.to(dy.dtype)) * keep * keep_scale
+    if needs_x and keep is None and dx is not None:
+        dx.addmm_(dS_t.t(), lora_A.to(dy.dtype))
+    elif needs_x:
+        term = dS_t.t() @ lora_A.to(dy.dtype)
+        term = term if keep is None else term * keep * keep_scale
+        dx = term if dx is None else dx.add_(term)
     if needs_A:
         assert x is not None
         dA = dS_t @ (x if keep is None else x * keep)

@@ -68,7 +68,8 @@ def installed(wheel, tmp_path_factory):
 
 
 def test_the_wheel_holds_every_source_file_and_table_and_nothing_else(wheel):
-    expected = {f"fused_lora/{path.name}" for path in (ROOT / "fused_lora").glob("*.py")}
+    sources = (ROOT / "fused_lora").rglob("*.py")
+    expected = {path.relative_to(ROOT).as_posix() for path in sources}
     expected |= {f"fused_lora/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
     tables = {path.name for path in (ROOT / "kernels" / "tuned").glob("*.json")}
     assert "default.json" in tables
@@ -91,7 +92,7 @@ def test_the_wheel_asks_for_torch_triton_and_numpy_alone(wheel):
     ]
     assert "sys_platform" in required[1]
     assert fields["Requires-Python"] == ">=3.10"
-    assert set(fields.get_all("Provides-Extra")) == {"test", "bench", "peft", "examples"}
+    assert set(fields.get_all("Provides-Extra")) == {*("test", "bench", "peft", "trl", "examples")}
 
 
 INSTALLED = """

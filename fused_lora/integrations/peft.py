@@ -1,0 +1,373 @@
+"""PEFT's LoRA layers through the fused kernels: `patch` a model, or `enable` it for all to come.
+
+Only the class of each `peft.tuners.lora.layer.Linear` is exchanged, for a subclass with another
+`forward`. Parameters, keys, hooks, saving, merging and switching adapters stay PEFT's own code.
+Every call takes one of three paths, counted and explained:
+
+    full    base product and adapter in one fused layer: the base is a plain nn.Linear (or Conv1D)
+    delta   base_layer(x) runs as it is (quantised, hooked, of another class), and the adapter term
+            is added to its output without a temporary of that size
+    peft    PEFT's own forward, with the reason
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft.tuners.lora import layer as lora
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from fused_lora import ops
+from fused_lora.delta import lora_delta
+from fused_lora.explain import DEFAULT_TOKENS
+from fused_lora.functional import BACKENDS, lora_linear
+
+__all__ = ["PatchReport", "call_counts", "disable", "enable", "explain", "patch", "unpatch"]
+
+FULL, DELTA, PEFT = "full", "delta", "peft"
+FULL_BASES = (nn.Linear, Conv1D)
+FRESH_BASES = (nn.Linear,)
+"""Bases whose output is a tensor of its own that nobody else holds and no backward needs."""
+
+ComputeDtype = Literal["base", "peft"]
+
+
+@dataclass
+class _State:
+    """What a patched layer carries beside PEFT's own attributes."""
+
+    backend: str
+    compute_dtype: str
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+class _Route(NamedTuple):
+    path: str
+    reason: str
+    adapter: str = ""
+
+
+class FusedLinear(lora.Linear):
+    """`peft.tuners.lora.layer.Linear` with a fused forward. Made by `patch`, never constructed."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = self.__dict__.get("_fused_lora")
+        if state is None:  # unpatched, but somebody kept the bound method
+            return lora.Linear.forward(self, x, *args, **kwargs)
+        route = _route(self, x, args, kwargs, state)
+        if not torch.compiler.is_compiling():
+            state.calls[route.path, route.reason] += 1
+        if route.path == PEFT:
+            return lora.Linear.forward(self, x, *args, **kwargs)
+        base: Any = self.base_layer
+        name = route.adapter
+        dropout = self.lora_dropout[name]
+        lora_A: Any = self.lora_A[name].weight
+        lora_B: Any = self.lora_B[name].weight
+        options: dict[str, Any] = {
+            "scaling": self.scaling[name],
+            "dropout_p": dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
+            "backend": state.backend,
+        }
+        if route.path == FULL:
+            weight = base.weight if type(base) is nn.Linear else base.weight.t()
+            return lora_linear(x, weight, lora_A, lora_B, base.bias, **options)
+        out = base(x)
+        return lora_delta(out, x, lora_A, lora_B, in_place=_may_write(base, out), **options)
+
+
+_FUSED: dict[type, type] = {lora.Linear: FusedLinear}
+_PLAIN: dict[type, type] = {fused: plain for plain, fused in _FUSED.items()}
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did: names of the layers that are fused now, and {name: why not} of the rest."""
+
+    fused: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        total = len(self.fused) + len(self.left)
+        lines = [f"fused-lora: {len(self.fused)} of {total} LoRA layers patched"]
+        for reason, count in Counter(self.left.values()).items():
+            lines.append(f"  {count} left to PEFT: {reason}")
+        return "\n".join(lines)
+
+
+def patch(
+    model: nn.Module, *, backend: str = "auto", compute_dtype: ComputeDtype = "base"
+) -> PatchReport:
+    """Let every LoRA linear layer of `model` run fused, from its next call on; reports which.
+
+    Call it when the adapters are there: after `get_peft_model` or `PeftModel.from_pretrained`.
+    Adapters added later to the same layers are covered. Patching again changes the options.
+
+    Args:
+        model: a PeftModel, or any module that contains PEFT LoRA layers.
+        backend: "auto", "triton" or "aten", see `fused_lora.lora_linear`.
+        compute_dtype: what a layer does, outside autocast, whose adapters have another dtype than
+            x (fp32 on a bf16 base is PEFT's default). "base" computes them in the base's dtype
+            with fp32 accumulation, as autocast does; "peft" leaves such calls to PEFT, which
+            copies x to the adapters' dtype. The adapters' storage and gradients keep their dtype.
+
+    Raises:
+        ValueError: there is no LoRA layer in `model`, or an option is unknown.
+    """
+    _check_options(backend, compute_dtype)
+    fused, left = [], {}
+    for name, layer in _lora_layers(model):
+        reason = _why_left(layer)
+        if reason is None:
+            _exchange(layer, backend, compute_dtype)
+            fused.append(name)
+        else:
+            left[name] = reason
+    return PatchReport(tuple(fused), left)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Give every layer of `model` PEFT's own class back. Raises ValueError without LoRA layers."""
+    for _, layer in _lora_layers(model):
+        plain = _PLAIN.get(type(layer))
+        if plain is not None:
+            layer.__class__ = plain
+            del layer.__dict__["_fused_lora"]
+
+
+def enable(*, backend: str = "auto", compute_dtype: ComputeDtype = "base") -> None:
+    """Patch every LoRA linear layer that is made from now on, in this process, until `disable()`.
+    Options as in `patch`; layers that exist already are left alone."""
+    _check_options(backend, compute_dtype)
+    _enabled.update(backend=backend, compute_dtype=compute_dtype)
+    lora.Linear.__init__ = _init_and_patch  # type: ignore[method-assign]
+
+
+def disable() -> None:
+    """Undo `enable`: layers made from now on are PEFT's own. Patched ones stay patched."""
+    _enabled.clear()
+    if lora.Linear.__init__ is _init_and_patch:
+        lora.Linear.__init__ = _peft_init  # type: ignore[method-assign]
+
+
+_enabled: dict[str, str] = {}
+_peft_init: Any = lora.Linear.__init__
+
+
+def _init_and_patch(self: Any, *args: Any, **kwargs: Any) -> None:
+    _peft_init(self, *args, **kwargs)
+    if _enabled and type(self) in _FUSED:
+        _exchange(self, **_enabled)
+
+
+def call_counts(model: nn.Module) -> dict[str, int]:
+    """{"full": n, "delta": n, "peft": n}: how often the patched layers of `model` took each path
+    since they were patched. Calls inside a torch.compile graph are not counted."""
+    counts = dict.fromkeys((FULL, DELTA, PEFT), 0)
+    for _, layer in _lora_layers(model):
+        if type(layer) in _PLAIN:
+            for (path, _reason), count in layer._fused_lora.calls.items():
+                counts[path] += count
+    return counts
+
+
+def explain(model: nn.Module, x: Tensor | None = None) -> str:
+    """One line per LoRA layer: the path its next call takes, why, in which dtype, on which backend,
+    and the calls so far. Nothing is run.
+
+    x [..., in_features] gives dtype, device and number of tokens; without it, 4096 tokens in the
+    base weight's dtype. Autocast, dropout, merging and hooks count as they are now.
+    Raises ValueError if there is no LoRA layer in `model`.
+    """
+    lines = []
+    for name, layer in _lora_layers(model):
+        if type(layer) in _PLAIN:
+            lines.append(f"{name or 'layer'}: {_explain_layer(layer, x)}")
+        else:
+            why = _why_left(layer) or "not patched, call patch(model)"
+            lines.append(f"{name or 'layer'}: {PEFT} ({why})")
+    return "\n".join(lines)
+
+
+def _explain_layer(layer: Any, x: Tensor | None) -> str:
+    if x is None:
+        weight: Any = getattr(layer.get_base_layer(), "weight", None)
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            weight = next(layer.lora_A.parameters())
+        x = weight.new_empty((1, layer.in_features)).expand(DEFAULT_TOKENS, -1)
+    state: _State = layer._fused_lora
+    route = _route(layer, x, (), {}, state)
+    text = f"{route.path} ({route.reason})"
+    if route.path != PEFT:
+        dtype = _compute_dtype(x)
+        lora_A = layer.lora_A[route.adapter].weight
+        rows = x.reshape(-1, layer.in_features)[:1].to(dtype).expand(max(1, x[..., 0].numel()), -1)
+        unable = ops.why_not_triton(rows)
+        if state.backend == "triton" and unable is not None:
+            text += f", backend='triton' cannot run: {unable}"
+        else:
+            text += f", {ops.resolve(state.backend, rows, layer.out_features, lora_A.shape[0])}"
+        text += f" in {_name(dtype)}"
+        if lora_A.dtype != dtype:
+            text += f", {_name(lora_A.dtype)} adapters rounded to it (compute_dtype='base')"
+    calls = ", ".join(f"{count} {path} ({why})" for (path, why), count in state.calls.items())
+    return text + (f"; so far {calls}" if calls else "; not called yet")
+
+
+def _route(
+    layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], state: _State
+) -> _Route:
+    """The path of this call. Read on every call, since all of it may change between two; modules
+    and parameters come from their dictionaries, nn.Module's attribute access being slow."""
+    given = [name for name, value in kwargs.items() if value is not None]
+    if args or given:
+        return _Route(PEFT, f"called with {', '.join(given) or 'more arguments'}")
+    if layer.disable_adapters:
+        return _Route(PEFT, "adapters are disabled")
+    if layer.merged:
+        return _Route(PEFT, "merged into the base weight")
+    modules = layer._modules
+    adapters = modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in adapters]
+    if len(active) != 1:
+        return _Route(PEFT, f"{len(active) or 'no'} active adapters, one is fused")
+    name = active[0]
+    base = modules["base_layer"]
+    why = _why_peft(layer, modules, name, base, x, state)
+    if why is not None:
+        return _Route(PEFT, why)
+    why = _why_delta(base)
+    if why is not None:
+        return _Route(DELTA, why, name)
+    return _Route(FULL, f"{type(base).__name__} base", name)
+
+
+def _why_peft(
+    layer: Any, modules: dict[str, Any], name: str, base: nn.Module, x: Tensor, state: _State
+) -> str | None:
+    if name in layer.lora_variant:
+        return f"variant {type(layer.lora_variant[name]).__name__.removesuffix('Variant')}"
+    lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+    for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if type(module) is not nn.Linear:
+            return f"{part} is {type(module).__name__}, wrapped or sharded"
+        if _hooked(module):
+            return f"{part} has hooks"
+    dropout = modules["lora_dropout"]._modules[name]
+    if type(dropout) not in (nn.Dropout, nn.Identity) or _hooked(dropout):
+        return f"lora_dropout is {type(dropout).__name__} or has hooks"
+    if type(dropout) is nn.Dropout and dropout.p >= 1.0:
+        return "lora_dropout drops everything"
+    A, B, W = (module._parameters.get("weight") for module in (lora_A, lora_B, base))
+    if lora_B._parameters["bias"] is not None:
+        return "lora_bias"
+    for tensor in (x, A, B, W):
+        if type(tensor).__name__ == "DTensor":
+            return "DTensor"
+    if hasattr(A, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    if base.__dict__.get("_hf_tp_plan"):
+        return "tensor parallel"
+    if A is None or B is None or A.dim() != 2 or B.dim() != 2:
+        return "lora_A or lora_B is sharded"
+    if not (x.is_floating_point() and A.is_floating_point() and B.is_floating_point()):
+        return f"x is {_name(x.dtype)}, lora_A {_name(A.dtype)}"
+    if not x.device == A.device == B.device:
+        return "x and the adapters are on different devices"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor) and (scaling.dim() != 0 or scaling.requires_grad):
+        return "scaling is trained or not a scalar"
+    if A.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if state.compute_dtype == "peft":
+            return f"{_name(A.dtype)} adapters on {_name(x.dtype)} x, compute_dtype='peft'"
+        if not layer.cast_input_dtype_enabled:
+            return "casting of the input's dtype is disabled"
+    if torch.compiler.is_compiling():
+        return "being exported" if torch.compiler.is_exporting() else None
+    return "global module hooks" if _has_any_global_hook() else None
+
+
+def _why_delta(base: Any) -> str | None:
+    if type(base) not in FULL_BASES:
+        return f"base is {type(base).__name__}"
+    if _hooked(base):
+        return "base has hooks"
+    weight = base.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"base weight is {type(weight).__name__}"
+    if not weight.is_floating_point() or weight.dim() != 2:
+        return f"base weight is {_name(weight.dtype)} {tuple(weight.shape)}"
+    return None
+
+
+def _may_write(base: nn.Module, out: Tensor) -> bool:
+    """Whether the adapter term may be added in place to what the base has just returned."""
+    return (
+        type(base) in FRESH_BASES
+        and not _hooked(base)
+        and not torch.compiler.is_compiling()
+        and not out._is_view()
+        and not (out.is_leaf and out.requires_grad)
+        and out.is_contiguous()
+    )
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on the instance, as accelerate does
+    )
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+def _exchange(layer: Any, backend: str, compute_dtype: str) -> None:
+    state = layer.__dict__.get("_fused_lora")
+    if state is None:
+        layer._fused_lora = _State(backend, compute_dtype)
+        layer.__class__ = _FUSED[type(layer)]
+    else:
+        state.backend, state.compute_dtype = backend, compute_dtype
+
+
+def _why_left(layer: nn.Module) -> str | None:
+    """Why `patch` leaves this LoRA layer as it is; None if it fuses it."""
+    if type(layer) not in _FUSED and type(layer) not in _PLAIN:
+        return f"lora.{type(layer).__name__} is not exactly lora.Linear"
+    if "forward" in layer.__dict__ and type(layer) in _FUSED:
+        return "its forward was replaced on the instance before patch"
+    return None
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, lora.LoraLayer)]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no PEFT LoRA layer: call get_peft_model(model, "
+            "LoraConfig(...)) or PeftModel.from_pretrained first"
+        )
+    yield from layers
+
+
+def _check_options(backend: str, compute_dtype: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    if compute_dtype not in ("base", "peft"):
+        raise ValueError(f"compute_dtype must be 'base' or 'peft': got {compute_dtype!r}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

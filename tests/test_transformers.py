@@ -1,0 +1,189 @@
+"""transformers and TRL on a tiny Llama: patched runs give the losses, gradients and tokens that
+unpatched ones give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("peft", reason="needs the extra `peft`")
+
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from fused_lora import testing
+from fused_lora.integrations import peft as fused
+from fused_lora.integrations.transformers import FusedLoRACallback
+
+pytestmark = pytest.mark.peft
+STEPS, WORDS, LENGTH = 20, 40, 12
+LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+LAYERS = 2 * 7  # q, k, v, o, gate, up, down
+
+
+def llama(**lora):
+    """A two-layer Llama with grouped queries; with adapters if `lora` says which."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=WORDS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    return get_peft_model(model, LoraConfig(**lora)) if lora else model
+
+
+def sentences(count):
+    """Words that count upwards from different ones: soon learnt."""
+    rows = [[3 + (7 * i + j) % (WORDS - 3) for j in range(LENGTH)] for i in range(count)]
+    return [{"input_ids": row, "labels": row, "attention_mask": [1] * LENGTH} for row in rows]
+
+
+def options(folder, **more):
+    return {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 5,
+    } | more
+
+
+def losses(trainer):
+    trainer.train()
+    found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(found) == STEPS
+    return found
+
+
+def trained(folder, callbacks=(), **more):
+    """(losses, model) of Trainer on the tiny Llama with adapters."""
+    arguments = transformers.TrainingArguments(**options(folder, **more))
+    model = llama(**LORA)
+    data = sentences(2 * STEPS)
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=data, callbacks=list(callbacks) or None
+    )
+    return losses(trainer), model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainer_gives_the_same_losses_patched(checkpointing, tmp_path, capsys):
+    more = {"gradient_checkpointing": checkpointing}
+    expected, _ = trained(tmp_path, **more)
+    ours, model = trained(tmp_path, [FusedLoRACallback()], **more)
+    assert ours == pytest.approx(expected, abs=1e-5)
+    assert expected[-1] < expected[0] - 0.2
+    calls = (2 if checkpointing else 1) * LAYERS * STEPS
+    assert fused.call_counts(model) == {"full": calls, "delta": 0, "peft": 0}
+    assert capsys.readouterr().out.count(f"fused-lora: {LAYERS} of {LAYERS} LoRA layers") == 1
+
+
+def test_trainer_in_bf16_stays_as_near_to_fp32_as_peft_does(tmp_path):
+    exact, _ = trained(tmp_path)
+    eager, _ = trained(tmp_path, bf16=True)
+    ours, model = trained(tmp_path, [FusedLoRACallback()], bf16=True)
+    as_tensors = [{"loss": torch.tensor(run)} for run in (ours, eager, exact)]
+    assert not testing.check(*as_tensors, torch.bfloat16)
+    assert fused.call_counts(model) == {"full": LAYERS * STEPS, "delta": 0, "peft": 0}
+
+
+def test_trls_sft_trainer_gives_the_same_losses_patched(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the extra `trl`")
+    import datasets
+    import tokenizers
+
+    vocabulary = {f"w{i}": i for i in range(WORDS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="w0", bos_token="w1", eos_token="w2"
+    )
+    rows = [{"input_ids": row["input_ids"]} for row in sentences(2 * STEPS)]
+    runs = []
+    for callbacks in ([], [FusedLoRACallback()]):
+        trainer = trl.SFTTrainer(
+            llama(),
+            trl.SFTConfig(**options(tmp_path, bf16=False, max_length=LENGTH)),
+            train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**LORA),
+            callbacks=callbacks,
+        )
+        runs.append(losses(trainer))
+    assert runs[1] == pytest.approx(runs[0], abs=1e-5)
+    counts = fused.call_counts(trainer.model)
+    assert counts["full"] >= LAYERS * STEPS and counts["peft"] == counts["delta"] == 0
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_generation_with_the_cache_gives_the_same_tokens(merged):
+    model = llama(**LORA).eval()
+    prompt = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    arguments = {
+        "attention_mask": (prompt != 0).long(),
+        "max_new_tokens": 10,
+        "do_sample": False,
+        "use_cache": True,
+        "eos_token_id": None,
+    }
+    expected = model.generate(input_ids=prompt, **arguments)
+    fused.patch(model)
+    if merged:
+        model.merge_adapter()
+    assert torch.equal(model.generate(input_ids=prompt, **arguments), expected)
+    calls = {"full": 10 * LAYERS, "delta": 0, "peft": 0}
+    if merged:
+        calls = {"full": 0, "delta": 0, "peft": 10 * LAYERS}
+    assert fused.call_counts(model) == calls
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients_with_dropout(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = llama(**LORA, lora_dropout=0.3).train()
+        fused.patch(model)
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        ids = torch.tensor([row["input_ids"] for row in sentences(2)])
+        torch.manual_seed(4)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert fused.call_counts(model)["full"] == (2 if checkpointing else 1) * LAYERS
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_run_that_was_all_fallback_is_named(tmp_path, capsys):
+    model = llama(**LORA | {"use_dora": True})
+    arguments = transformers.TrainingArguments(**options(tmp_path, max_steps=1))
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=sentences(2), callbacks=[FusedLoRACallback()]
+    )
+    with pytest.warns(UserWarning, match=r"no call of 14 ran fused:\n.*variant DoraLinear"):
+        trainer.train()
+
+
+def test_the_callback_refuses_what_it_cannot_patch(tmp_path):
+    arguments = transformers.TrainingArguments(**options(tmp_path))
+    trainer = transformers.Trainer(
+        llama(), arguments, train_dataset=sentences(2), callbacks=[FusedLoRACallback()]
+    )
+    with pytest.raises(ValueError, match="holds no PEFT LoRA layer"):
+        trainer.train()
+    with pytest.raises(ValueError, match="backend must be one of"):
+        FusedLoRACallback(backend="cuda")
