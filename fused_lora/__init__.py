@@ -5,6 +5,7 @@
 """
 
 from fused_lora import reference
+from fused_lora.adapter_io import load_adapter, save_adapter
 from fused_lora.explain import explain
 from fused_lora.functional import lora_linear
 from fused_lora.linear import FusedLoRALinear
@@ -27,11 +28,13 @@ __all__ = [
     "apply_lora",
     "disable_adapters",
     "explain",
+    "load_adapter",
     "lora_linear",
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_adapter",
     "reference",
+    "save_adapter",
     "trainable_parameters",
     "unload",
     "unmerge_adapter",

@@ -13,13 +13,14 @@ from fused_lora.functional import BACKENDS
 
 InitLoRA = bool | Literal["kaiming", "gaussian"]
 _OPTIONS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
-_ADAPTER_STATE = ("lora_A", "lora_B", *_OPTIONS, "_adapters_ready")
+_ADAPTER_STATE = ("lora_A", "lora_B", *_OPTIONS, "adapters_ready")
 
 
 class LoRALayer(nn.Module):
     """A linear layer in_features -> out_features with an adapter lora_A [r, in], lora_B [out, r].
 
     `adapter_enabled` is the switch of `fused_lora.disable_adapters`: False means the base alone.
+    `adapters_ready` is False until lora_A and lora_B hold values (a layer on the meta device).
     """
 
     in_features: int
@@ -27,6 +28,7 @@ class LoRALayer(nn.Module):
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
+    adapters_ready: bool
     adapter_enabled: bool
 
     def _setup_adapter(
@@ -60,7 +62,7 @@ class LoRALayer(nn.Module):
         like = torch.empty(0, device=device, dtype=adapter_dtype or dtype)
         self.lora_A = nn.Parameter(like.new_empty((r, in_features)))
         self.lora_B = nn.Parameter(like.new_empty((out_features, r)))
-        self._adapters_ready = False
+        self.adapters_ready = False
 
     @property
     def scaling(self) -> float:
@@ -86,7 +88,7 @@ class LoRALayer(nn.Module):
         """Why `merge` would refuse this layer, None if it would not."""
         if self.merged:
             return "the layer is merged already: call unmerge() before merging again"
-        if not self._adapters_ready:
+        if not self.adapters_ready:
             return "lora_A and lora_B are not initialised: there is nothing to merge"
         return None
 
@@ -109,7 +111,7 @@ class LoRALayer(nn.Module):
                 nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
             else:
                 nn.init.zeros_(self.lora_B)
-        self._adapters_ready = not self.lora_A.is_meta
+        self.adapters_ready = not self.lora_A.is_meta
 
     def set_adapter(
         self,
@@ -122,8 +124,9 @@ class LoRALayer(nn.Module):
     ) -> None:
         """Copy another adapter, lora_A [r, in] and lora_B [out, r] of any rank, into the layer, in
         the dtype and on the device of its own. The Parameters stay the same objects if the rank
-        does. lora_dropout None keeps the layer's. Raises RuntimeError if merged, ValueError for
-        shapes that do not fit."""
+        does. lora_dropout None keeps the layer's. A merged layer is merged with the new adapter
+        afterwards. Raises ValueError for shapes that do not fit, RuntimeError if the base weight
+        was let go."""
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before set_adapter()")
         r = lora_A.shape[0] if lora_A.dim() == 2 else 0
@@ -144,7 +147,7 @@ class LoRALayer(nn.Module):
                     setattr(self, name, nn.Parameter(new, requires_grad=own.requires_grad))
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout = self.lora_dropout if lora_dropout is None else lora_dropout
-        self._adapters_ready = True
+        self.adapters_ready = True
 
     def snapshot(self) -> dict[str, Any]:
         """What `restore` needs to undo any of `set_adapter`, `merge` and `unmerge`."""
@@ -167,7 +170,7 @@ class LoRALayer(nn.Module):
             return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
 
     def _require_adapters(self) -> None:
-        if not self._adapters_ready:
+        if not self.adapters_ready:
             raise RuntimeError(
                 "lora_A and lora_B are not initialised (the layer was built on the meta device or "
                 "emptied): call reset_lora_parameters() or load a state_dict with both of them"
@@ -188,7 +191,7 @@ class LoRALayer(nn.Module):
         super()._apply(fn, recurse)
         emptied = "to_empty" in getattr(fn, "__qualname__", "")
         if emptied or (was_meta and not self.lora_A.is_meta):
-            self._adapters_ready = False
+            self.adapters_ready = False
         return self
 
 

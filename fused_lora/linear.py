@@ -290,6 +290,15 @@ class FusedLoRALinear(LoRALayer):
     def has_base(self) -> bool:
         return not self._merged or self._base is not None
 
+    def set_adapter(self, lora_A: Tensor, lora_B: Tensor, **options: Any) -> None:
+        keep: bool | Literal["cpu"] = True if isinstance(self._base, nn.Parameter) else "cpu"
+        if self._merged:
+            self.unmerge()
+            super().set_adapter(lora_A, lora_B, **options)
+            self.merge(keep)
+        else:
+            super().set_adapter(lora_A, lora_B, **options)
+
     def snapshot(self) -> dict[str, Any]:
         base = {"weight": self.weight, "base": self._base, "merged": self._merged}
         return super().snapshot() | base
@@ -368,7 +377,7 @@ class FusedLoRALinear(LoRALayer):
         )
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
         if "lora_A" in given:
-            self._adapters_ready = not self.lora_A.is_meta
+            self.adapters_ready = not self.lora_A.is_meta
         if merged:
             kept = self.weight if base is not None else None
             weight = given["weight"].detach()

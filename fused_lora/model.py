@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.layer import InitLoRA, LoRALayer, check_adapter_options
 from fused_lora.linear import FusedLoRALinear, is_conv1d
+from fused_lora.targets import match_pattern, named
 
 Bias = Literal["none", "all", "lora_only"]
 BIASES = ("none", "all", "lora_only")
@@ -199,7 +200,7 @@ def unload(model: nn.Module) -> nn.Module:
     require_layers(model)
     if isinstance(model, LoRALayer):
         raise ValueError("the model is itself a LoRA layer: call its base_module() or to_linear()")
-    places = _places(model)
+    places = module_places(model)
     plain = [(where, m.base_module()) for m, where in places.items() if isinstance(m, LoRALayer)]
     for where, module in plain:
         for place in where:
@@ -242,12 +243,12 @@ def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     """{key: Parameter} of the biases that "none", "all" or "lora_only" speaks of."""
     if bias not in BIASES:
         raise ValueError(f"bias must be one of {', '.join(BIASES)}: got {bias!r}")
-    named = {clean_path(key): parameter for key, parameter in model.named_parameters()}
-    named = {key: p for key, p in named.items() if key == "bias" or key.endswith(".bias")}
+    every = {clean_path(key): parameter for key, parameter in model.named_parameters()}
+    biases = {key: p for key, p in every.items() if key == "bias" or key.endswith(".bias")}
     if bias == "lora_only":
         owned = {id(layer.bias) for layer in lora_layers(model).values()}
-        named = {key: p for key, p in named.items() if id(p) in owned}
-    return {} if bias == "none" else named
+        biases = {key: p for key, p in biases.items() if id(p) in owned}
+    return {} if bias == "none" else biases
 
 
 def clean_path(path: str) -> str:
@@ -261,19 +262,19 @@ def find_targets(
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[str]:
     """Paths of the modules that are targeted, as `apply_lora` says. Raises ValueError if none."""
-    places = _places(model)
+    places = module_places(model)
     excluded = exclude_modules or []
     found = []
     embeddings = getattr(model, "get_output_embeddings", None)
     output = embeddings() if callable(embeddings) else None
     for module, where in places.items():
         paths = [place.path for place in where]
-        if any(_named(excluded, path) for path in paths):
+        if any(named(excluded, path) for path in paths):
             continue
         if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
             if module is not output and _is_linear(module):
                 found.append(paths[0])
-        elif any(_named(target_modules, path) for path in paths):
+        elif any(named(target_modules, path) for path in paths):
             found.append(paths[0])
     if not found:
         linears = [where[0].path for m, where in places.items() if _is_linear(m)]
@@ -285,14 +286,6 @@ def find_targets(
     return found
 
 
-def match_pattern(patterns: Iterable[str], path: str) -> str | None:
-    """The first of `patterns` that fits the end of `path` at a dot, None if none does."""
-    for pattern in patterns:
-        if path == pattern or _regex(rf"(.*\.)?({pattern})", path):
-            return pattern
-    return None
-
-
 class Replacement:
     """LoRA layers for modules of a model, made and checked but not yet in their places.
 
@@ -301,8 +294,8 @@ class Replacement:
     """
 
     def __init__(self, model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
-        owners = {place.path: module for module, where in _places(model).items() for place in where}
-        self._places = _places(model)
+        self._places = module_places(model)
+        owners = {place.path: m for m, where in self._places.items() for place in where}
         modules = {path: owners[path] for path in options}
         for path, module in modules.items():
             reason = _why_not(module, self._places[module], owners)
@@ -329,7 +322,7 @@ class Replacement:
                 setattr(place.parent, place.name, self.layers[path])
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list[Place]]:
+def module_places(model: nn.Module) -> dict[nn.Module, list[Place]]:
     """Every place of every module below `model`, in the order of named_modules."""
     places: dict[nn.Module, list[Place]] = {}
     for path, parent in model.named_modules(remove_duplicate=False):
@@ -338,19 +331,6 @@ def _places(model: nn.Module) -> dict[nn.Module, list[Place]]:
                 full = clean_path(f"{path}.{name}" if path else name)
                 places.setdefault(child, []).append(Place(parent, name, full))
     return places
-
-
-def _named(names: str | Sequence[str], path: str) -> bool:
-    if isinstance(names, str):
-        return _regex(names, path)
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _regex(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
 
 
 def _is_linear(module: nn.Module) -> bool:
