@@ -7,6 +7,7 @@
 from fused_lora import reference
 from fused_lora.adapter_io import load_adapter, save_adapter
 from fused_lora.explain import explain
+from fused_lora.export import export_adapter
 from fused_lora.functional import lora_linear
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import (
@@ -28,6 +29,7 @@ __all__ = [
     "apply_lora",
     "disable_adapters",
     "explain",
+    "export_adapter",
     "load_adapter",
     "lora_linear",
     "lora_state_dict",

@@ -87,7 +87,7 @@ def save_adapter(
     The files are replaced both at once: a reader never finds one without the other. Raises
     ValueError for non-finite or uninitialised adapters, unknown modules or no LoRA layer.
     """
-    write_directory(_folder(directory, name), _adapter_of(model, bias, modules_to_save).files())
+    write_directory(_folder(directory, name), adapter_of(model, bias, modules_to_save).files())
 
 
 def load_adapter(
@@ -297,7 +297,7 @@ def _written(model: nn.Module, extras: dict[str, Tensor]) -> Iterator[None]:
         setattr(model, _ORIGINALS, remembered)
 
 
-def _adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | None) -> Adapter:
+def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | None) -> Adapter:
     layers = require_layers(model)
     for path, layer in layers.items():
         for letter in "AB":
