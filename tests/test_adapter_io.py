@@ -138,9 +138,13 @@ def test_switching_back_restores_the_biases_that_an_adapter_had_replaced(tmp_pat
         if key.endswith("bias"):
             parameter.data.add_(1)
     save_adapter(model, tmp_path / "with", bias="all", modules_to_save=["norm"])
-    changed, model = model(inputs()), trained()
+    changed = model(inputs())
+    model.lm_head.bias.data.add_(1)
+    save_adapter(model, tmp_path / "other", bias="all")
+    again, model = model(inputs()), trained()
     for _ in range(2):
         assert torch.equal(load_adapter(model, tmp_path / "with")(inputs()), changed)
+        assert torch.equal(load_adapter(model, tmp_path / "other")(inputs()), again)
         assert torch.equal(load_adapter(model, tmp_path / "without")(inputs()), expected)
 
 
@@ -178,8 +182,9 @@ def test_paths_that_end_other_paths_keep_their_own_rank_and_target(targets, tmp_
         Suffixes(), r=2, lora_alpha=3, target_modules=targets, init_lora_weights=False
     )
     for n, layer in enumerate(lora_layers(model).values()):
-        A, B = torch.randn(n + 1, 4), torch.randn(4, n + 1)
-        layer.set_adapter(A, B, lora_alpha=n + 2, use_rslora=n % 2 == 1)
+        r, alpha = (5, 9) if n == 0 else (2, 4)  # the path that ends the others is the odd one
+        A, B = torch.randn(r, 4), torch.randn(4, r)
+        layer.set_adapter(A, B, lora_alpha=alpha, use_rslora=n % 2 == 1)
     save_adapter(model, tmp_path)
     torch.manual_seed(0)
     theirs = peft.PeftModel.from_pretrained(Suffixes(), tmp_path)

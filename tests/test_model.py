@@ -99,6 +99,13 @@ def test_a_layer_used_in_two_places_becomes_one_layer_in_both():
     assert type(model.shared) is nn.Linear and model.again is model.shared
 
 
+def test_a_block_used_under_two_names_is_found_by_both():
+    model = nn.ModuleDict({"first": plain().layers[0]})
+    model["second"] = model["first"]
+    apply_lora(model, **OPTIONS, target_modules=["second.q"])
+    assert paths(model) == ["first.q"] and isinstance(model["second"].q, FusedLoRALinear)
+
+
 def test_tied_weights_stay_tied_and_are_not_written_by_merging():
     model = plain()
     embedding = nn.Embedding(12, 12)
