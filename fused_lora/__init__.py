@@ -1,14 +1,43 @@
 """fused-lora: unmerged LoRA layers at the cost of merged ones.
 
-`lora_linear` is the function, `FusedLoRALinear` the layer, `reference` the specification in plain
-PyTorch, `explain` says which path runs and why.
+`lora_linear` is the function, `FusedLoRALinear` the layer, `apply_lora` puts layers into a model,
+`reference` is the specification in plain PyTorch, `explain` says which path runs and why.
 """
 
 from fused_lora import reference
+from fused_lora.adapter_io import load_adapter, save_adapter
 from fused_lora.explain import explain
+from fused_lora.export import export_adapter
 from fused_lora.functional import lora_linear
 from fused_lora.linear import FusedLoRALinear
+from fused_lora.model import (
+    apply_lora,
+    disable_adapters,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merge_adapter,
+    trainable_parameters,
+    unload,
+    unmerge_adapter,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["FusedLoRALinear", "__version__", "explain", "lora_linear", "reference"]
+__all__ = [
+    "FusedLoRALinear",
+    "__version__",
+    "apply_lora",
+    "disable_adapters",
+    "explain",
+    "export_adapter",
+    "load_adapter",
+    "lora_linear",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merge_adapter",
+    "reference",
+    "save_adapter",
+    "trainable_parameters",
+    "unload",
+    "unmerge_adapter",
+]

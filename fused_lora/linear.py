@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapped
 
-from fused_lora.functional import BACKENDS, lora_linear
+from fused_lora.functional import lora_linear
+from fused_lora.layer import InitLoRA, LoRALayer
 
-InitLoRA = bool | Literal["kaiming", "gaussian"]
 _ADAPTER_KEYS = ("lora_A", "lora_B")
+_BASE_LET_GO = (
+    "the base weight was let go by merge(keep_base=False): load a base checkpoint, or merge with "
+    "keep_base=True"
+)
 _STATE_KEYS = ("weight", "bias", *_ADAPTER_KEYS, "lora_merged", "lora_base_weight")
 
 
-class FusedLoRALinear(nn.Module):
+class FusedLoRALinear(LoRALayer):
     """`y = x W^T + bias + scaling * (dropout(x) A^T) B^T` (Hu et al. 2022), computed fused.
 
     Args:
@@ -43,9 +49,7 @@ class FusedLoRALinear(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
-    lora_A: Tensor
-    lora_B: Tensor
+    fan_in_fan_out: bool
     _base: Tensor | None
     _merged: bool
 
@@ -95,12 +99,16 @@ class FusedLoRALinear(nn.Module):
         backend: str = "auto",
     ) -> FusedLoRALinear:
         """A layer around the weight and bias of `linear`: shared, not copied, and frozen from now
-        on (`requires_grad` is turned off on the very Parameters). Raises TypeError if `linear` is
-        not exactly an nn.Linear with a plain floating weight."""
-        if type(linear) is not nn.Linear or not linear.weight.is_floating_point():
+        on (`requires_grad` is turned off on the very Parameters). `linear` may be a Conv1D of
+        transformers (GPT-2): its weight stays stored [in, out], `fan_in_fan_out` says so. Raises
+        TypeError if it is not exactly one of the two with a plain floating weight."""
+        conv1d = is_conv1d(linear)
+        plain = conv1d or type(linear) is nn.Linear
+        if not plain or not linear.weight.is_floating_point() or is_wrapped(linear.weight):
             raise TypeError(
                 f"from_linear takes an nn.Linear with a floating weight: got "
-                f"{type(linear).__name__} with {linear.weight.dtype}"
+                f"{type(linear).__name__} with {linear.weight.dtype} in a "
+                f"{type(linear.weight).__name__}"
                 if hasattr(linear, "weight")
                 else f"from_linear takes an nn.Linear: got {type(linear).__name__}"
             )
@@ -116,6 +124,7 @@ class FusedLoRALinear(nn.Module):
             init_lora_weights=init_lora_weights,
             adapter_dtype=adapter_dtype,
             backend=backend,
+            fan_in_fan_out=conv1d,
         )
         linear.weight.requires_grad_(False)
         if linear.bias is not None:
@@ -135,42 +144,29 @@ class FusedLoRALinear(nn.Module):
         init_lora_weights: InitLoRA,
         adapter_dtype: torch.dtype | None,
         backend: str,
+        fan_in_fan_out: bool = False,
     ) -> None:
-        if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-            raise ValueError(f"r must be an integer of at least 1: got {r!r}")
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
-        if not (
-            isinstance(init_lora_weights, bool) or init_lora_weights in ("kaiming", "gaussian")
-        ):
-            raise ValueError(
-                "init_lora_weights must be True, False, 'kaiming' or 'gaussian': got "
-                f"{init_lora_weights!r}"
-            )
-        if adapter_dtype is not None and not (
-            isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point
-        ):
-            raise TypeError(
-                f"adapter_dtype must be None or a floating dtype: got {adapter_dtype!r}"
-            )
-        self.out_features, self.in_features = weight.shape
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
-        self.backend = backend
+        in_features, out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
+        self._setup_adapter(
+            in_features,
+            out_features,
+            device=weight.device,
+            dtype=weight.dtype,
+            r=r,
+            lora_alpha=lora_alpha,
+            lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        self.fan_in_fan_out = fan_in_fan_out
         self.weight = weight
         self.register_parameter("bias", bias)
-        dtype = adapter_dtype or weight.dtype
-        self.lora_A = nn.Parameter(weight.new_empty((r, self.in_features), dtype=dtype))
-        self.lora_B = nn.Parameter(weight.new_empty((self.out_features, r), dtype=dtype))
-        self._adapters_ready = False
+        # weight and bias come first in state_dict(), as in an nn.Linear
+        for name in _ADAPTER_KEYS:
+            self._parameters[name] = self._parameters.pop(name)
         self._set_base(None, merged=False)
-
-    @property
-    def scaling(self) -> float:
-        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
     def merged(self) -> bool:
@@ -182,26 +178,11 @@ class FusedLoRALinear(nn.Module):
         if self._merged:
             raise RuntimeError("the layer is merged: call unmerge() before reset_parameters()")
         with torch.no_grad():
-            nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self._matrix(self.weight), a=math.sqrt(5))
             if self.bias is not None:
                 bound = 1.0 / math.sqrt(self.in_features) if self.in_features > 0 else 0.0
                 nn.init.uniform_(self.bias, -bound, bound)
         self.reset_lora_parameters()
-
-    def reset_lora_parameters(self) -> None:
-        """Initialise lora_A and lora_B as `init_lora_weights` says."""
-        if self._merged:
-            raise RuntimeError("the layer is merged: call unmerge() before reset_lora_parameters()")
-        with torch.no_grad():
-            if self.init_lora_weights == "gaussian":
-                nn.init.normal_(self.lora_A, std=1.0 / self.r)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if self.init_lora_weights is False:
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-            else:
-                nn.init.zeros_(self.lora_B)
-        self._adapters_ready = not self.lora_A.is_meta
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
@@ -216,18 +197,17 @@ class FusedLoRALinear(nn.Module):
         bias: Tensor | None,
         seed: Tensor | None = None,
     ) -> Tensor:
-        if not self._adapters_ready:
-            raise RuntimeError(
-                "lora_A and lora_B are not initialised (the layer was built on the meta device or "
-                "emptied): call reset_lora_parameters() or load a state_dict with both of them"
-            )
+        if not self.adapter_enabled:
+            base = self._base_weight() if self._merged else weight
+            return F.linear(x, self._matrix(base), bias)
+        self._require_adapters()
         if self._merged:
             if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
                 weight = _MergedWeight.apply(weight, lora_A, lora_B)
-            return F.linear(x, weight, bias)
+            return F.linear(x, self._matrix(weight), bias)
         return lora_linear(
             x,
-            weight,
+            self._matrix(weight),
             lora_A,
             lora_B,
             bias,
@@ -237,12 +217,6 @@ class FusedLoRALinear(nn.Module):
             backend=self.backend,
         )
 
-    def delta_weight(self) -> Tensor:
-        """scaling * B A, [out_features, in_features], in fp32 (fp64 for fp64 adapters)."""
-        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        with torch.no_grad():
-            return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
-
     def merge(self, keep_base: bool | Literal["cpu"] = True) -> FusedLoRALinear:
         """Put W0 + scaling * B A, summed in fp32 and rounded once, in place of `weight`.
 
@@ -250,10 +224,9 @@ class FusedLoRALinear(nn.Module):
         keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU, False lets it go.
         Raises RuntimeError if already merged or if the adapters are not initialised.
         """
-        if self._merged:
-            raise RuntimeError("the layer is merged already: call unmerge() before merging again")
-        if not self._adapters_ready:
-            raise RuntimeError("lora_A and lora_B are not initialised: there is nothing to merge")
+        reason = self.why_not_merge()
+        if reason is not None:
+            raise RuntimeError(reason)
         if keep_base not in (True, False, "cpu"):
             raise ValueError(f"keep_base must be True, False or 'cpu': got {keep_base!r}")
         base = self.weight
@@ -271,15 +244,9 @@ class FusedLoRALinear(nn.Module):
         has not moved since); returns self. Raises RuntimeError if not merged or not kept."""
         if not self._merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
-        if self._base is None:
-            raise RuntimeError(
-                "the base weight was let go by merge(keep_base=False): load a base checkpoint, or "
-                "merge with keep_base=True"
-            )
-        base = self._base
-        moved = base.to(self.weight.device, self.weight.dtype)
-        if moved is not base or not isinstance(base, nn.Parameter):
-            base = nn.Parameter(moved, requires_grad=self.weight.requires_grad)
+        base = self._base_weight()
+        if not isinstance(base, nn.Parameter):
+            base = nn.Parameter(base, requires_grad=self.weight.requires_grad)
         self.weight = base
         self._set_base(None, merged=False)
         return self
@@ -294,7 +261,7 @@ class FusedLoRALinear(nn.Module):
             dtype=self.weight.dtype,
         )
         weight = self.weight.detach().clone() if self._merged else self._merged_weight()
-        linear.weight = nn.Parameter(weight)
+        linear.weight = nn.Parameter(self._matrix(weight).contiguous())
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)
@@ -303,29 +270,65 @@ class FusedLoRALinear(nn.Module):
         delta = self.delta_weight()
         with torch.no_grad():
             exact = torch.promote_types(self.weight.dtype, delta.dtype)
-            return delta.to(exact).add_(self.weight).to(self.weight.dtype)
+            total = delta.to(exact).add_(self._matrix(self.weight)).to(self.weight.dtype)
+            return self._matrix(total).contiguous()
+
+    def base_module(self) -> nn.Module:
+        plain: nn.Module
+        if self.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            with torch.device("meta"):
+                plain = Conv1D(self.out_features, self.in_features)
+        else:
+            plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = self.weight
+        plain.register_parameter("bias", self.bias)  # type: ignore[arg-type]
+        return plain.train(self.training)
+
+    @property
+    def has_base(self) -> bool:
+        return not self._merged or self._base is not None
+
+    def set_adapter(self, lora_A: Tensor, lora_B: Tensor, **options: Any) -> None:
+        keep: bool | Literal["cpu"] = True if isinstance(self._base, nn.Parameter) else "cpu"
+        if self._merged:
+            self.unmerge()
+            super().set_adapter(lora_A, lora_B, **options)
+            self.merge(keep)
+        else:
+            super().set_adapter(lora_A, lora_B, **options)
+
+    def snapshot(self) -> dict[str, Any]:
+        base = {"weight": self.weight, "base": self._base, "merged": self._merged}
+        return super().snapshot() | base
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        super().restore(snapshot)
+        self.weight = snapshot["weight"]
+        self._set_base(snapshot["base"], merged=snapshot["merged"])
+
+    def _base_weight(self) -> Tensor:
+        """W0, merged or not, where and in the dtype that `weight` is; raises if it was let go."""
+        if not self._merged:
+            return self.weight
+        if self._base is None:
+            raise RuntimeError(_BASE_LET_GO)
+        return self._base.to(self.weight.device, self.weight.dtype)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """[out, in] of a weight as stored, and back: stored [in, out] with fan_in_fan_out."""
+        return weight.t() if self.fan_in_fan_out else weight
 
     def extra_repr(self) -> str:
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha}, "
-            f"scaling={self.scaling:g}"
-        )
-        if self.lora_dropout > 0.0:
-            text += f", lora_dropout={self.lora_dropout}"
+        text = super().extra_repr()
         if self.lora_A.dtype != self.weight.dtype:
             text += f", adapter_dtype={self.lora_A.dtype}"
+        if self.fan_in_fan_out:
+            text += ", fan_in_fan_out=True"
         return text + f", backend={self.backend}" + (", merged" if self._merged else "")
 
     # --- state: what moves, what is saved, what loads
-
-    def _apply(self, fn: Any, recurse: bool = True) -> FusedLoRALinear:
-        was_meta = self.lora_A.is_meta
-        super()._apply(fn, recurse)
-        emptied = "to_empty" in getattr(fn, "__qualname__", "")
-        if emptied or (was_meta and not self.lora_A.is_meta):
-            self._adapters_ready = False
-        return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -374,7 +377,7 @@ class FusedLoRALinear(nn.Module):
         )
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
         if "lora_A" in given:
-            self._adapters_ready = not self.lora_A.is_meta
+            self.adapters_ready = not self.lora_A.is_meta
         if merged:
             kept = self.weight if base is not None else None
             weight = given["weight"].detach()
@@ -405,8 +408,8 @@ class FusedLoRALinear(nn.Module):
                 f"{prefix}weight is not in the state_dict and merge(keep_base=False) let the base "
                 "weight go: new adapters have no base weight to apply to; give it too"
             )
-        matrix = (self.out_features, self.in_features)
-        shapes = {"weight": matrix, "lora_base_weight": matrix, "bias": matrix[:1]}
+        matrix = tuple(self.weight.shape)
+        shapes = {"weight": matrix, "lora_base_weight": matrix, "bias": (self.out_features,)}
         shapes |= {"lora_A": tuple(self.lora_A.shape), "lora_B": tuple(self.lora_B.shape)}
         for key, shape in shapes.items():
             if key in given and tuple(given[key].shape) != shape:
@@ -420,6 +423,12 @@ class FusedLoRALinear(nn.Module):
         # past nn.Module's attribute, which would register a kept base weight as a parameter
         object.__setattr__(self, "_base", base)
         object.__setattr__(self, "_merged", merged)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is exactly the Conv1D of transformers, a linear layer stored [in, out]."""
+    loaded = sys.modules.get("transformers.pytorch_utils")
+    return loaded is not None and type(module) is loaded.Conv1D
 
 
 class _MergedWeight(torch.autograd.Function):

@@ -92,7 +92,8 @@ def test_the_wheel_asks_for_torch_triton_and_numpy_alone(wheel):
     ]
     assert "sys_platform" in required[1]
     assert fields["Requires-Python"] == ">=3.10"
-    assert set(fields.get_all("Provides-Extra")) == {*("test", "bench", "peft", "trl", "examples")}
+    extras = {"test", "bench", "adapters", "peft", "trl", "examples"}
+    assert set(fields.get_all("Provides-Extra")) == extras
 
 
 INSTALLED = """

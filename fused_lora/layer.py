@@ -1,0 +1,221 @@
+"""`LoRALayer`: what every LoRA layer has, whatever holds its base weight: the adapter, its scaling,
+its switch. `FusedLoRALinear` keeps a plain weight, `QuantizedLoRALinear` a quantised base layer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.functional import BACKENDS
+
+InitLoRA = bool | Literal["kaiming", "gaussian"]
+_OPTIONS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
+_ADAPTER_STATE = ("lora_A", "lora_B", *_OPTIONS, "adapters_ready")
+
+
+class LoRALayer(nn.Module):
+    """A linear layer in_features -> out_features with an adapter lora_A [r, in], lora_B [out, r].
+
+    `adapter_enabled` is the switch of `fused_lora.disable_adapters`: False means the base alone.
+    `adapters_ready` is False until lora_A and lora_B hold values (a layer on the meta device).
+    """
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    adapters_ready: bool
+    adapter_enabled: bool
+
+    def _setup_adapter(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        use_rslora: bool,
+        init_lora_weights: InitLoRA,
+        adapter_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        """Check the options and make room for the adapter; `dtype` is adapter_dtype's default."""
+        check_adapter_options(
+            r=r,
+            lora_dropout=lora_dropout,
+            init_lora_weights=init_lora_weights,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        self.in_features, self.out_features = in_features, out_features
+        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
+        self.backend = backend
+        self.adapter_enabled = True
+        like = torch.empty(0, device=device, dtype=adapter_dtype or dtype)
+        self.lora_A = nn.Parameter(like.new_empty((r, in_features)))
+        self.lora_B = nn.Parameter(like.new_empty((out_features, r)))
+        self.adapters_ready = False
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight currently holds W0 + scaling * B A."""
+        raise NotImplementedError
+
+    def base_module(self) -> nn.Module:
+        """The plain layer with the base weight as it is now (the merged one if merged), sharing
+        its Parameters; what `fused_lora.unload` puts in this layer's place."""
+        raise NotImplementedError
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the layer still knows its base weight (merge(keep_base=False) lets it go)."""
+        return True
+
+    def why_not_merge(self) -> str | None:
+        """Why `merge` would refuse this layer, None if it would not."""
+        if self.merged:
+            return "the layer is merged already: call unmerge() before merging again"
+        if not self.adapters_ready:
+            return "lora_A and lora_B are not initialised: there is nothing to merge"
+        return None
+
+    def merge(self, keep_base: bool | Literal["cpu"] = True) -> LoRALayer:
+        raise NotImplementedError
+
+    def unmerge(self) -> LoRALayer:
+        raise NotImplementedError
+
+    def reset_lora_parameters(self) -> None:
+        """Initialise lora_A and lora_B as `init_lora_weights` says."""
+        if self.merged:
+            raise RuntimeError("the layer is merged: call unmerge() before reset_lora_parameters()")
+        with torch.no_grad():
+            if self.init_lora_weights == "gaussian":
+                nn.init.normal_(self.lora_A, std=1.0 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if self.init_lora_weights is False:
+                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(self.lora_B)
+        self.adapters_ready = not self.lora_A.is_meta
+
+    def set_adapter(
+        self,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        *,
+        lora_alpha: float,
+        use_rslora: bool = False,
+        lora_dropout: float | None = None,
+    ) -> None:
+        """Copy another adapter, lora_A [r, in] and lora_B [out, r] of any rank, into the layer, in
+        the dtype and on the device of its own. The Parameters stay the same objects if the rank
+        does. lora_dropout None keeps the layer's. A merged layer is merged with the new adapter
+        afterwards. Raises ValueError for shapes that do not fit, RuntimeError if the base weight
+        was let go."""
+        if self.merged:
+            raise RuntimeError("the layer is merged: call unmerge() before set_adapter()")
+        r = lora_A.shape[0] if lora_A.dim() == 2 else 0
+        expected = ((r, self.in_features), (self.out_features, r))
+        if r < 1 or (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
+            raise ValueError(
+                f"lora_A and lora_B must be [r, {self.in_features}] and [{self.out_features}, r]: "
+                f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+            )
+        with torch.no_grad():
+            for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+                own = getattr(self, name)
+                if own.shape == value.shape and not own.is_meta:
+                    own.copy_(value)
+                else:
+                    device = value.device if own.is_meta else own.device
+                    new = value.to(device, own.dtype, copy=True)
+                    setattr(self, name, nn.Parameter(new, requires_grad=own.requires_grad))
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.lora_dropout = self.lora_dropout if lora_dropout is None else lora_dropout
+        self.adapters_ready = True
+
+    def snapshot(self) -> dict[str, Any]:
+        """What `restore` needs to undo any of `set_adapter`, `merge` and `unmerge`."""
+        kept = {name: getattr(self, name) for name in _ADAPTER_STATE}
+        values = {name: kept[name].detach().clone() for name in ("lora_A", "lora_B")}
+        return kept | {"values": values}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Go back to a snapshot: the same Parameters, with the values they had."""
+        for name in _ADAPTER_STATE:
+            setattr(self, name, snapshot[name])
+        with torch.no_grad():
+            for name, value in snapshot["values"].items():
+                getattr(self, name).copy_(value)
+
+    def delta_weight(self) -> Tensor:
+        """scaling * B A, [out_features, in_features], in fp32 (fp64 for fp64 adapters)."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.no_grad():
+            return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
+
+    def _require_adapters(self) -> None:
+        if not self.adapters_ready:
+            raise RuntimeError(
+                "lora_A and lora_B are not initialised (the layer was built on the meta device or "
+                "emptied): call reset_lora_parameters() or load a state_dict with both of them"
+            )
+
+    def extra_repr(self) -> str:
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, r={self.r}, lora_alpha={self.lora_alpha}, "
+            f"scaling={self.scaling:g}"
+        )
+        if self.lora_dropout > 0.0:
+            text += f", lora_dropout={self.lora_dropout}"
+        return text
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
+        was_meta = self.lora_A.is_meta
+        super()._apply(fn, recurse)
+        emptied = "to_empty" in getattr(fn, "__qualname__", "")
+        if emptied or (was_meta and not self.lora_A.is_meta):
+            self.adapters_ready = False
+        return self
+
+
+def check_adapter_options(
+    *,
+    r: int,
+    lora_dropout: float,
+    init_lora_weights: InitLoRA,
+    adapter_dtype: torch.dtype | None,
+    backend: str,
+) -> None:
+    """Raise ValueError or TypeError for an option that no layer can be made with."""
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r must be an integer of at least 1: got {r!r}")
+    if not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    if not (isinstance(init_lora_weights, bool) or init_lora_weights in ("kaiming", "gaussian")):
+        raise ValueError(
+            "init_lora_weights must be True, False, 'kaiming' or 'gaussian': got "
+            f"{init_lora_weights!r}"
+        )
+    if adapter_dtype is not None and not (
+        isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point
+    ):
+        raise TypeError(f"adapter_dtype must be None or a floating dtype: got {adapter_dtype!r}")
