@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora import dropout
-from fused_lora.scale import RANK_PADDING, Scale, padded_rank
+from fused_lora.scale import RANK_PADDING, Adapters, Scale, padded_rank
 
 
 def forward(
@@ -24,8 +24,10 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     for_backward: bool,
+    adapters: Adapters | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y [M, N], S [M, padded r], packed mask or None)."""
+    """(y [M, N], S [M, padded r], packed mask or None). With `adapters`, lora_A and lora_B pack
+    several, S has their own scaling and zeros where a column is not the token's."""
     r = lora_A.shape[0]
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     mask, dropped, keep_scale = None, x, 1.0
@@ -36,6 +38,8 @@ def forward(
     allocate = x.new_empty if r % RANK_PADDING == 0 else x.new_zeros
     S = allocate((x.shape[0], padded_rank(r)))
     _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, S[:, :r])
+    if adapters is not None:
+        _select(S[:, :r], adapters)
     y.addmm_(S[:, :r], lora_B.to(x.dtype).t())
     return y, S, mask
 
@@ -53,6 +57,7 @@ def backward(
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
+    adapters: Adapters | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX [M, K], dA [r, K], dB [N, r]), None for those that are not needed."""
     r, K = lora_A.shape
@@ -62,6 +67,8 @@ def backward(
     if needs_x or needs_A:
         dS = dy.new_empty((dy.shape[0], r))
         _scaled_product(dy, lora_B.to(dy.dtype), scale, 1.0, dS)
+        if adapters is not None:
+            _select(dS, adapters)
     if needs_x:
         dx = dy @ weight.to(dy.dtype)
         if keep is None:
@@ -83,3 +90,9 @@ def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float, out: 
     torch.addmm(out, a, b, beta=0, alpha=scale.value * keep_scale, out=out)
     if scale.tensor is not None:
         out.mul_(scale.tensor)
+
+
+def _select(S: Tensor, adapters: Adapters) -> None:
+    """S [M, r] times the scaling of each column, zero where the column is not the token's."""
+    S.mul_(adapters.scaling)
+    S.masked_fill_(adapters.ids.unsqueeze(1) != adapters.owner, 0.0)

@@ -4,29 +4,19 @@ Adapters are packed along the rank. A kernel that forms S or dS keeps S[m, j] wh
 adapter owns column j and writes zero everywhere else; the matmul with S given then needs to know
 nothing. Order of tokens never changes a result. It changes the speed: a row tile whose tokens want
 few adapters skips the columns of the others.
-"""
 
-from typing import Any, NamedTuple
+Launchers take `adapters`, a tuple with the fields
+    ids      int32 [M], the adapter of each token, -1 for none; what no column has counts as -1
+    owner    int32 [r], the adapter of each column, -2 for free and padding columns
+    scaling  fp32 [r], of each column
+    window   int32 [adapters, 2], first column of each adapter and the one behind its last, 0 and 0
+             where there is no adapter
+"""
 
 import triton
 import triton.language as tl
 
-NOBODY = -2  # the owner of a free or padding column: not -1, which tokens without adapter have
 WINDOW_RANK = 512  # above this total rank the matmul looks up which columns a row tile needs
-
-
-class Adapters(NamedTuple):
-    """What the kernels are told of a pack of total rank r and of the tokens.
-
-    ids: int32 [M], the adapter of each token, -1 for the base alone; what no adapter has counts as
-    -1. owner: int32 [r], the adapter of each column or `NOBODY`. scaling: fp32 [r]. window: int32
-    [adapters, 2], the first column of each adapter and the one behind its last, 0 and 0 if free.
-    """
-
-    ids: Any
-    owner: Any
-    scaling: Any
-    window: Any
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def decode_kernel(
 
     x [M, K] with M <= BLOCK_M, w [K, N], a [r, K], b [r, N], y [M, N], S [M, columns]. Grid
     (tiles of N, splits of K). counter: int32, one per tile, zero at launch. With ids, of
-    `adapters.Adapters`, S has the columns of a token's own adapter and zeros in the others.
+    `adapters.py`, S has the columns of a token's own adapter and zeros in the others.
     """
     pid_n = tl.program_id(0)
     split = tl.program_id(1)

@@ -75,7 +75,7 @@ def matmul_kernel(
     x [M, K], w [K, N], b [r, N], S [M, columns], y [M, N]. ADAPTER is "none", "given" (S is read)
     or "single" (S = scale * x A^T is computed here, a [r, K], and the first tile column stores it).
     mask (DROPOUT, "given" only) holds bits of y's shape; its kept entries are scaled by keep_scale.
-    With ids, of `adapters.Adapters`, "single" keeps the columns of a token's own adapter; "given"
+    With ids, of `adapters.py`, "single" keeps the columns of a token's own adapter; "given"
     steps only through the columns that the tokens of its tile want.
     """
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)

@@ -44,7 +44,7 @@ def matmul_descriptor_kernel(
 
     w is stored [N, K] and b [N, r] when W_NK (forward), else [K, N] and [r, N] (dX). Grid: at most
     one program an SM and no more than there are tiles. Every program waits before it stores. With
-    a window, of `adapters.Adapters`, a tile steps only through the ranks that its tokens want.
+    a window, of `adapters.py`, a tile steps only through the ranks that its tokens want.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)

@@ -57,7 +57,7 @@ def rank_grad_kernel(
 
     x [M, K], dS and S [M, >= r], dY [M, N]. Grid (column tiles of dA, then of dB; splits; rank
     blocks). counter: int32, one per (column tile, rank block), zero at launch. ids and owner as in
-    `adapters.Adapters`: rows of tokens that want none of a block's columns are left out.
+    `adapters.py`: rows of tokens that want none of a block's columns are left out.
     """
     tile = tl.program_id(0)
     if WANT_A:

@@ -62,7 +62,7 @@ def shrink_kernel(
     """S[m, j] = scale * sum_k D(x)[m, k] A[j, k].
 
     x [M, K], A [r, K] (any strides), S [M, columns] with columns >= r, the rest written as zeros.
-    With ids, of `adapters.Adapters`: S[m, j] times the scaling of column j if it is the token's.
+    With ids, of `adapters.py`: S[m, j] times the scaling of column j if it is the token's.
     Grid (programs, rank blocks); every program walks row blocks program, program + programs, ...
     """
     if TRIGGER:  # lets the matmul behind this launch start on the SMs that are left

@@ -23,7 +23,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from fused_lora.kernels import (
-    adapters,
     config,
     decode,
     matmul,
@@ -34,6 +33,7 @@ from fused_lora.kernels import (
     shrink,
 )
 from fused_lora.kernels.launch import OPTIONS
+from fused_lora.scale import Adapters
 
 M, K, N = 8192, 4096, 4096
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -104,7 +104,7 @@ def launches(target: str, bits: int):
     def pack(r, tokens=M):
         """What is told of 64 adapters of total rank r."""
         i32 = {"dtype": torch.int32}
-        return adapters.Adapters(
+        return Adapters(
             tensor(tokens, **i32), tensor(r, **i32), tensor(r, dtype=torch.float32),
             tensor(64, 2, **i32),
         )  # fmt: skip
