@@ -28,6 +28,21 @@ def owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r):
 
 
 @triton.jit
+def id_range(owner_ptr, offs_r, r):
+    """(low, high): the adapters of these columns have ids from low to high; high < low if none."""
+    owner = tl.load(owner_ptr + offs_r, mask=offs_r < r, other=-2)
+    return tl.min(tl.where(owner >= 0, owner, 2147483647), 0), tl.max(owner, 0)
+
+
+@triton.jit
+def any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r):
+    """Whether any of the tokens may want any of the columns."""
+    low, high = id_range(owner_ptr, offs_r, r)
+    ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
+    return tl.max(((ids >= low) & (ids <= high)).to(tl.int32), 0) > 0
+
+
+@triton.jit
 def rank_window(ids_ptr, window_ptr, offs_m, M, adapters, STEP: tl.constexpr):
     """(first, end): the steps of STEP columns outside of which S is zero for all these tokens."""
     ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)

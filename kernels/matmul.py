@@ -91,16 +91,6 @@ def matmul_kernel(
     if ADAPTER == "given" or STORE_S:
         s_rows = s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm
 
-    first_rank = 0
-    end_rank = r
-    if ADAPTER == "given":
-        if window_ptr is not None:
-            first_step, end_step = adapters.rank_window(
-                ids_ptr, window_ptr, offs_m, M, adapter_count, BLOCK_R
-            )
-            first_rank = first_step * BLOCK_R
-            end_rank = min(r, end_step * BLOCK_R)
-
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)  # [M, N]
     if DROPOUT:  # the masked adapter term first, the main product on top: one accumulator
         acc = _add_given(
@@ -110,10 +100,13 @@ def matmul_kernel(
             inside_m,
             inside_n,
             r,
-            first_rank,
-            end_rank,
             stride_br,
             x_ptr,
+            ids_ptr,
+            window_ptr,
+            offs_m,
+            M,
+            adapter_count,
             INPUT_PRECISION,
             BLOCK_R,
         )
@@ -175,10 +168,13 @@ def matmul_kernel(
                 inside_m,
                 inside_n,
                 r,
-                first_rank,
-                end_rank,
                 stride_br,
                 x_ptr,
+                ids_ptr,
+                window_ptr,
+                offs_m,
+                M,
+                adapter_count,
                 INPUT_PRECISION,
                 BLOCK_R,
             )
@@ -199,14 +195,23 @@ def _add_given(
     inside_m,
     inside_n,
     r,
-    first_rank,
-    end_rank,
     stride_br,
     x_ptr,
+    ids_ptr,
+    window_ptr,
+    offs_m,
+    M,
+    adapter_count,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + S b over the ranks from first_rank to end_rank, BLOCK_R of them at a time."""
+    """acc + S b over all r, or those ranks that the tokens want, BLOCK_R of them at a time."""
+    first_rank = 0
+    end_rank = r
+    if window_ptr is not None:
+        first, end = adapters.rank_window(ids_ptr, window_ptr, offs_m, M, adapter_count, BLOCK_R)
+        first_rank = first * BLOCK_R
+        end_rank = min(r, end * BLOCK_R)
     for j in tl.range(first_rank, end_rank, BLOCK_R, num_stages=1):
         offs_r = j + tl.arange(0, BLOCK_R)
         s = tl.load(s_rows + offs_r[None, :], mask=inside_m & (offs_r < r)[None, :], other=0.0)

@@ -160,9 +160,7 @@ def _one_tile(
     first = split * rows_per_split
     last = min(M, first + rows_per_split)
     if ids_ptr is not None:
-        owner = tl.load(owner_ptr + offs_r, mask=inside_r, other=-2)
-        high = tl.max(owner, 0)
-        low = tl.min(tl.where(owner >= 0, owner, 2147483647), 0)
+        low, high = adapters.id_range(owner_ptr, offs_r, r)
         first, last = adapters.token_range(ids_ptr, low, high, first, last, BLOCK_M, SCAN)
     # A masked P is made in registers. As the left operand of wgmma it would serialise the tensor
     # cores, so with dropout the product is accumulated transposed, with P on the right.

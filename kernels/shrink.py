@@ -95,16 +95,13 @@ def shrink_kernel(
         scale *= tl.load(scaling_ptr)
     if DROPOUT:
         seed = tl.load(seed_ptr)
-    if ids_ptr is not None:
-        scale *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None, :]
     for block in tl.range(pid, tl.cdiv(M, BLOCK_M), programs):
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
         x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # [M, r]
         columns_k = K
         if ids_ptr is not None:
-            own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
-            wanted = tl.max(tl.max(own.to(tl.int32), 1), 0) > 0
+            wanted = adapters.any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
             if STORE_MASK:
                 wanted |= pid_r == 0
             columns_k = tl.where(wanted, K, 0)  # a tile that nobody wants is zero: x is not read
@@ -137,11 +134,14 @@ def shrink_kernel(
                         )
                 x = tl.where(dropout.expand(packed, BLOCK_M, BLOCK_K) != 0, x, 0.0).to(x.dtype)
             acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
-        if ids_ptr is not None:
+        factor = scale
+        if ids_ptr is not None:  # looked up after the loop: a mask alive in it would spill
+            factor = scale * tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None]
+            own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
             acc = tl.where(own, acc, 0.0)
         tl.store(
             s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
-            (acc * scale).to(s_ptr.dtype.element_ty),
+            (acc * factor).to(s_ptr.dtype.element_ty),
             mask=(offs_m < M)[:, None] & (offs_r < columns)[None, :],
         )
 
@@ -208,6 +208,8 @@ def shrink(
     M, K = x.shape
     r = a.shape[0]
     block_r = config.block_r(S.shape[1])
+    if adapters is not None and seed is not None:
+        block_r = min(block_r, 64)  # the mask and 128 columns spill
     launch(
         shrink_kernel,
         (max(1, programs), cdiv(S.shape[1], block_r), 1),
