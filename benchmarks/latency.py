@@ -1,6 +1,7 @@
 """Times the fused LoRA layer against merged weights and every baseline a user could train with.
 
     python benchmarks/latency.py --quick
+    python benchmarks/latency.py --multi         many adapters in one batch
 
 On a GPU the kernels are measured; without one the same program measures the aten path on the CPU
 and says so. Protocol, fields and units: benchmarks/README.md.
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import multi
 import protocol
 import report
 import results
@@ -163,11 +165,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--providers", help=f"comma-separated, of: {', '.join(results.PROVIDERS)}; default all"
     )
+    parser.add_argument("--multi", action="store_true", help="many adapters in one batch")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of JSON and PNG")
     parser.add_argument("--resume", type=Path, metavar="JSON", help="go on with this result file")
     parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if args.multi and (args.providers or args.resume):
+        parser.error("--multi measures all its providers in one go: no --providers, no --resume")
     args.providers = args.providers.split(",") if args.providers else None
     unknown = set(args.providers or ()) - set(results.PROVIDERS)
     if unknown:
@@ -179,10 +184,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Run, print, write JSON and PNG. Returns 1 if a provider was wrong, else 0."""
     args = parse_arguments(arguments)
     device = machine.benchmark_device()
+    budget = BUDGETS[device.type, args.quick]
     plan = chosen_cases(args, device.type)
     print("measuring the machine's peaks ...", file=sys.stderr, flush=True)
     meta = machine.describe(device, (plan.core or plan.rest)[0].dtype)
     meta["command"] = f"python benchmarks/latency.py {_reported(arguments)}".strip()
+    if args.multi:
+        print(report.header(meta), flush=True)
+        total = len(multi.cases(args, device.type))
+        return multi.run(args, device, budget, meta, progress_bar(total))
     path = args.resume or args.output / f"{machine.file_stem(device, meta['date'])}.json"
     rows: list[Row] = []
     if args.resume:
@@ -195,7 +205,6 @@ def main(arguments: list[str] | None = None) -> int:
         sum(len(args.providers or results.PROVIDERS) + 1 for c in todo if c in plan.core)
         + sum(6 for case in todo if case not in plan.core)
     )
-    budget = BUDGETS[device.type, args.quick]
     for case in todo:
         names = args.providers or results.PROVIDERS
         if case in plan.rest and not args.providers:

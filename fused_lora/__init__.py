@@ -2,10 +2,13 @@
 
 `lora_linear` is the function, `FusedLoRALinear` the layer, `apply_lora` puts layers into a model,
 `reference` is the specification in plain PyTorch, `explain` says which path runs and why.
+`multi_lora_linear`, `MultiLoRALinear` and `use_adapters` serve and train the adapters of an
+`AdapterPack` in one batch.
 """
 
 from fused_lora import reference
 from fused_lora.adapter_io import load_adapter, save_adapter
+from fused_lora.adapter_pack import AdapterPack
 from fused_lora.explain import explain
 from fused_lora.export import export_adapter
 from fused_lora.functional import lora_linear
@@ -20,11 +23,14 @@ from fused_lora.model import (
     unload,
     unmerge_adapter,
 )
+from fused_lora.multi import MultiLoRALinear, multi_lora_linear, use_adapters
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterPack",
     "FusedLoRALinear",
+    "MultiLoRALinear",
     "__version__",
     "apply_lora",
     "disable_adapters",
@@ -35,9 +41,11 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merge_adapter",
+    "multi_lora_linear",
     "reference",
     "save_adapter",
     "trainable_parameters",
     "unload",
     "unmerge_adapter",
+    "use_adapters",
 ]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora import dropout
-from fused_lora.scale import Scale, padded_rank
+from fused_lora.scale import Adapters, Scale, padded_rank
 
 
 def forward(
@@ -24,10 +24,14 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     for_backward: bool,
+    adapters: Adapters | None = None,
 ) -> list[Tensor]:
-    """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
+    """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask. With
+    `adapters`, lora_A and lora_B pack several, S has their own scaling and zeros where a column is
+    not the token's."""
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    return [y, *add_adapter(y, x, lora_A, lora_B, scale, dropout_p, seed, for_backward)]
+    kept = add_adapter(y, x, lora_A, lora_B, scale, dropout_p, seed, for_backward, adapters)
+    return [y, *kept]
 
 
 def add_adapter(
@@ -39,6 +43,7 @@ def add_adapter(
     dropout_p: float,
     seed: Tensor | None,
     for_backward: bool,
+    adapters: Adapters | None = None,
 ) -> list[Tensor]:
     """y += S B^T in place, S = scale * D(x) A^T. Returns what `forward` returns beside y."""
     r = lora_A.shape[0]
@@ -52,6 +57,8 @@ def add_adapter(
     S = (x.new_empty if columns == r else x.new_zeros)((x.shape[0], columns))
     exact = S if columns == r else S[:, :r]
     _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, exact)
+    if adapters is not None:
+        _select(exact, adapters)
     y.addmm_(exact, lora_B.to(x.dtype).t())
     return [S, *kept] if for_backward else []
 
@@ -69,11 +76,13 @@ def backward(
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
+    adapters: Adapters | None = None,
 ) -> list[Tensor | None]:
     """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
     dx = dy @ weight.to(dy.dtype) if needs_x else None
     return adapter_gradients(
-        dy, x, lora_A, lora_B, S, mask_bits, scale, dropout_p, needs_x, needs_A, needs_B, dx
+        *(dy, x, lora_A, lora_B, S, mask_bits, scale, dropout_p),
+        *(needs_x, needs_A, needs_B, dx, adapters),
     )
 
 
@@ -90,6 +99,7 @@ def adapter_gradients(
     needs_A: bool,
     needs_B: bool,
     dx: Tensor | None = None,
+    adapters: Adapters | None = None,
 ) -> list[Tensor | None]:
     """[dX, dA, dB] of the adapter term alone; its dX is added to `dx` in place where one is given.
     None for those that are not needed."""
@@ -100,6 +110,8 @@ def adapter_gradients(
     if needs_x or needs_A:
         dS_t = dy.new_empty((r, dy.shape[0]))  # narrow results are faster transposed
         _scaled_product(lora_B.to(dy.dtype).t(), dy.t(), scale, 1.0, dS_t)
+        if adapters is not None:
+            _select(dS_t.t(), adapters)
     if needs_x and keep is None and dx is not None:
         dx.addmm_(dS_t.t(), lora_A.to(dy.dtype))
     elif needs_x:
@@ -121,3 +133,9 @@ def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float, out: 
     torch.addmm(out, a, b, beta=0, alpha=scale.value * keep_scale, out=out)
     if scale.tensor is not None:
         out.mul_(scale.tensor)
+
+
+def _select(S: Tensor, adapters: Adapters) -> None:
+    """S [M, r] times the scaling of each column, zero where the column is not the token's."""
+    S.mul_(adapters.scaling)
+    S.masked_fill_(adapters.ids.unsqueeze(1) != adapters.owner, 0.0)

@@ -8,6 +8,7 @@ through as the left operand and the tokens are the right one: a tile is transpos
 import triton
 import triton.language as tl
 
+from fused_lora.kernels import adapters
 from fused_lora.kernels.launch import cdiv, launch
 
 
@@ -24,6 +25,9 @@ def decode_kernel(
     counter_ptr,
     s_ptr,
     y_ptr,
+    ids_ptr,
+    owner_ptr,
+    column_scaling_ptr,
     M,
     N,
     K,
@@ -53,7 +57,8 @@ def decode_kernel(
     """y[m, n] = sum_k x[m, k] w[k, n] + sum_j S[m, j] b[j, n] + bias[n], S = scale * x A^T.
 
     x [M, K] with M <= BLOCK_M, w [K, N], a [r, K], b [r, N], y [M, N], S [M, columns]. Grid
-    (tiles of N, splits of K). counter: int32, one per tile, zero at launch.
+    (tiles of N, splits of K). counter: int32, one per tile, zero at launch. With ids, of
+    `adapters.py`, S has the columns of a token's own adapter and zeros in the others.
     """
     pid_n = tl.program_id(0)
     split = tl.program_id(1)
@@ -96,6 +101,10 @@ def decode_kernel(
         mask=inside_n[:, None] & (offs_r < r)[None, :],
         other=0.0,
     )
+    if ids_ptr is not None:
+        scale *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[:, None]
+        own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
+        side = tl.where(tl.trans(own), side, 0.0)
     side *= scale
     s = side.to(x_ptr.dtype.element_ty)
     acc = tl.dot(b.to(s.dtype), s, acc, input_precision=INPUT_PRECISION)
@@ -187,13 +196,15 @@ def decode(
     partial=None,
     partial_s=None,
     counters=None,
+    adapters=None,
     input_precision="ieee",
 ):
     """Launch `decode_kernel`: x [M, K] (unit column stride), w [K, N], a [r, K], b [r, N],
     y [M, N].
 
     S [M, >= r] is stored when given. `partial`, `partial_s` and zeroed `counters` have the sizes of
-    `workspace` and are needed when config.SPLITS > 1.
+    `workspace` and are needed when config.SPLITS > 1. `adapters`: whose the tokens and the ranks
+    are, if a and b pack several.
     """
     M, K = x.shape
     N = w.shape[1]
@@ -201,7 +212,10 @@ def decode(
     launch(
         decode_kernel,
         (cdiv(N, config.BLOCK_N), config.SPLITS, 1),
-        (x, w, a, b, bias, scaling, partial, partial_s, counters, S, y),
+        (
+            *(x, w, a, b, bias, scaling, partial, partial_s, counters, S, y),
+            *(adapters[:3] if adapters is not None else (None, None, None)),
+        ),
         (
             M,
             N,

@@ -9,7 +9,8 @@ for Hopper and newer, is in `matmul_descriptor.py`.
 import triton
 import triton.language as tl
 
-from fused_lora.kernels import dropout
+from fused_lora.kernels import adapters, dropout
+from fused_lora.kernels.adapters import WINDOW_RANK
 from fused_lora.kernels.launch import cdiv, launch
 
 
@@ -23,7 +24,7 @@ def tile_of(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     return first + (tile % per_group) % rows, (tile % per_group) // rows
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "adapter_count"])
 def matmul_kernel(
     x_ptr,
     w_ptr,
@@ -34,11 +35,16 @@ def matmul_kernel(
     scaling_ptr,
     mask_ptr,
     y_ptr,
+    ids_ptr,
+    owner_ptr,
+    column_scaling_ptr,
+    window_ptr,
     M,
     N,
     K,
     r,
     columns,
+    adapter_count,
     stride_xm,
     stride_wk,
     stride_wn,
@@ -69,6 +75,8 @@ def matmul_kernel(
     x [M, K], w [K, N], b [r, N], S [M, columns], y [M, N]. ADAPTER is "none", "given" (S is read)
     or "single" (S = scale * x A^T is computed here, a [r, K], and the first tile column stores it).
     mask (DROPOUT, "given" only) holds bits of y's shape; its kept entries are scaled by keep_scale.
+    With ids, of `adapters.py`, "single" keeps the columns of a token's own adapter; "given"
+    steps only through the columns that the tokens of its tile want.
     """
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,6 +102,11 @@ def matmul_kernel(
             r,
             stride_br,
             x_ptr,
+            ids_ptr,
+            window_ptr,
+            offs_m,
+            M,
+            adapter_count,
             INPUT_PRECISION,
             BLOCK_R,
         )
@@ -132,6 +145,10 @@ def matmul_kernel(
     if ADAPTER == "single":
         if HAS_SCALING:
             scale *= tl.load(scaling_ptr)
+        if ids_ptr is not None:
+            scale *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None, :]
+            own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
+            side = tl.where(own, side, 0.0)
         s = (side * scale).to(x_ptr.dtype.element_ty)
         if STORE_S:
             if pid_n == 0:
@@ -153,6 +170,11 @@ def matmul_kernel(
                 r,
                 stride_br,
                 x_ptr,
+                ids_ptr,
+                window_ptr,
+                offs_m,
+                M,
+                adapter_count,
                 INPUT_PRECISION,
                 BLOCK_R,
             )
@@ -175,11 +197,22 @@ def _add_given(
     r,
     stride_br,
     x_ptr,
+    ids_ptr,
+    window_ptr,
+    offs_m,
+    M,
+    adapter_count,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """acc + S b over all r, BLOCK_R ranks at a time."""
-    for j in tl.range(0, r, BLOCK_R, num_stages=1):
+    """acc + S b over all r, or those ranks that the tokens want, BLOCK_R of them at a time."""
+    first_rank = 0
+    end_rank = r
+    if window_ptr is not None:
+        first, end = adapters.rank_window(ids_ptr, window_ptr, offs_m, M, adapter_count, BLOCK_R)
+        first_rank = first * BLOCK_R
+        end_rank = min(r, end * BLOCK_R)
+    for j in tl.range(first_rank, end_rank, BLOCK_R, num_stages=1):
         offs_r = j + tl.arange(0, BLOCK_R)
         s = tl.load(s_rows + offs_r[None, :], mask=inside_m & (offs_r < r)[None, :], other=0.0)
         b = tl.load(
@@ -206,27 +239,38 @@ def matmul(
     mask=None,
     keep_scale=1.0,
     single=False,
+    adapters=None,
     input_precision="ieee",
 ):
     """Launch `matmul_kernel`: x [M, K] and y [M, N] (unit column stride), w [K, N] of any strides.
 
     Plain product when b is None. With b [r, N]: S is read, or, if `single`, computed as
-    scale * x a^T, a [r, K], and stored to S when S is given.
+    scale * x a^T, a [r, K], and stored to S when S is given. `adapters`: whose the tokens and the
+    ranks are, if a and b pack several.
     """
     M, K = x.shape
     N = w.shape[1]
     r = 0 if b is None else b.shape[0]
     block_r = config.block_r(r, single)
+    ids = owner = scaling_of_columns = window = None
+    if adapters is not None and single:
+        ids, owner, scaling_of_columns, _ = adapters
+    elif adapters is not None and r > WINDOW_RANK:
+        ids, window = adapters.ids, adapters.window
     launch(
         matmul_kernel,
         (cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N), 1, 1),
-        (x, w, a if single else None, b, S, bias, scaling if single else None, mask, y),
+        (
+            *(x, w, a if single else None, b, S, bias, scaling if single else None, mask, y),
+            *(ids, owner, scaling_of_columns, window),
+        ),
         (
             M,
             N,
             K,
             r,
             0 if S is None else S.shape[1],
+            None if window is None else window.shape[0],
             x.stride(0),
             *w.stride(),
             *(a.stride() if single else (0, 0)),

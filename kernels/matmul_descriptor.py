@@ -9,11 +9,13 @@ program multiplies X and W while shrink still runs, and waits only before it nee
 import triton
 import triton.language as tl
 
+from fused_lora.kernels import adapters
+from fused_lora.kernels.adapters import WINDOW_RANK
 from fused_lora.kernels.launch import cdiv, launch
 from fused_lora.kernels.matmul import tile_of
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "adapter_count"])
 def matmul_descriptor_kernel(
     x_desc,
     w_desc,
@@ -21,9 +23,12 @@ def matmul_descriptor_kernel(
     b_desc,
     y_desc,
     bias_ptr,
+    ids_ptr,
+    window_ptr,
     M,
     N,
     K,
+    adapter_count,
     SEGMENTS: tl.constexpr,
     W_NK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -38,7 +43,8 @@ def matmul_descriptor_kernel(
     """y[M, N] = x[M, K] w + s[M, r] b + bias; SEGMENTS 1 leaves the adapter out.
 
     w is stored [N, K] and b [N, r] when W_NK (forward), else [K, N] and [r, N] (dX). Grid: at most
-    one program an SM and no more than there are tiles. Every program waits before it stores.
+    one program an SM and no more than there are tiles. Every program waits before it stores. With
+    a window, of `adapters.py`, a tile steps only through the ranks that its tokens want.
     """
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -50,6 +56,13 @@ def matmul_descriptor_kernel(
         row = pid_m * BLOCK_M
         column = pid_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        rank_start = 0
+        if window_ptr is not None:
+            offs_m = row + tl.arange(0, BLOCK_M)
+            rank_start, rank_end = adapters.rank_window(
+                ids_ptr, window_ptr, offs_m, M, adapter_count, BLOCK_K
+            )
+            steps = main_steps + rank_end - rank_start
         first = 0
         if PDL:
             # Split, not peeled and no wait inside the loop: the other two forms make ptxas
@@ -71,7 +84,7 @@ def matmul_descriptor_kernel(
                 if step >= main_steps:
                     left = s_desc
                     right = b_desc
-                    k = (step - main_steps) * BLOCK_K
+                    k = (step - main_steps + rank_start) * BLOCK_K
             x = left.load([row, k])
             if W_NK:
                 w = right.load([column, k]).T
@@ -90,10 +103,13 @@ def matmul_descriptor_kernel(
             y_desc.store([row, column + BLOCK_N // 2], high.to(y_desc.dtype))
 
 
-def descriptor_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, pdl=False):
+def descriptor_matmul(
+    x, w, y, config, programs, *, b=None, S=None, bias=None, adapters=None, pdl=False
+):
     """Launch `matmul_descriptor_kernel`. x [M, K], w [K, N] and b [r, N] as stored row-major or as
     the transpose of a row-major matrix (both alike), S [M, >= r], y [M, N], one 16-bit dtype.
 
+    `adapters`: whose the tokens and the ranks are, if S and b pack several.
     With `pdl` the launch before this one on the stream must be the `shrink` that writes S, launched
     with `trigger` and itself without PDL: only then are x and w complete before this one starts.
     """
@@ -107,6 +123,9 @@ def descriptor_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, p
     else:
         block_w = (config.BLOCK_K, config.BLOCK_N)
     rank = 0 if b is None else b.shape[1 if transposed else 0]
+    ids = window = None
+    if adapters is not None and rank > WINDOW_RANK:
+        ids, window = adapters.ids, adapters.window
     launch(
         matmul_descriptor_kernel,
         (min(programs, cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)), 1, 1),
@@ -116,9 +135,9 @@ def descriptor_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, p
             None if b is None else (S, block_x),
             None if b is None else (b, block_w),
             (y, (config.BLOCK_M, config.BLOCK_N // config.STORE_PARTS)),
-            bias,
+            *(bias, ids, window),
         ),
-        (M, N, K),
+        (M, N, K, None if window is None else window.shape[0]),
         (),
         (
             1 if b is None else 2,

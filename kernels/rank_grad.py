@@ -2,14 +2,16 @@
 
 P (x or dY) is read once. The sum over M is split over programs: each writes an fp32 partial, and
 the last to arrive at a tile adds them in index order, so the result is the same bit for bit at
-every run.
+every run. With several adapters a rank block reads the rows between its first and its last token.
 """
 
 import triton
 import triton.language as tl
 
-from fused_lora.kernels import dropout
+from fused_lora.kernels import adapters, dropout
 from fused_lora.kernels.launch import cdiv, launch
+
+SCAN = 1024  # ids a step of the search for those rows takes
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split", "tiles_A"])
@@ -23,6 +25,8 @@ def rank_grad_kernel(
     mask_ptr,
     partial_ptr,
     counter_ptr,
+    ids_ptr,
+    owner_ptr,
     M,
     K,
     N,
@@ -47,11 +51,13 @@ def rank_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """dA[j, k] = keep_scale * sum_m dS[m, j] D(x)[m, k] and dB[n, j] = sum_m dY[m, n] S[m, j].
 
     x [M, K], dS and S [M, >= r], dY [M, N]. Grid (column tiles of dA, then of dB; splits; rank
-    blocks). counter: int32, one per (column tile, rank block), zero at launch.
+    blocks). counter: int32, one per (column tile, rank block), zero at launch. ids and owner as in
+    `adapters.py`: rows of tokens that want none of a block's columns are left out.
     """
     tile = tl.program_id(0)
     if WANT_A:
@@ -63,6 +69,8 @@ def rank_grad_kernel(
                 mask_ptr,
                 partial_ptr,
                 counter_ptr,
+                ids_ptr,
+                owner_ptr,
                 M,
                 K,
                 r,
@@ -80,6 +88,7 @@ def rank_grad_kernel(
                 BLOCK_M,
                 BLOCK_C,
                 BLOCK_R,
+                SCAN,
             )
     if WANT_B:
         if tile >= tiles_A:
@@ -90,6 +99,8 @@ def rank_grad_kernel(
                 mask_ptr,
                 partial_ptr,
                 counter_ptr,
+                ids_ptr,
+                owner_ptr,
                 M,
                 N,
                 r,
@@ -107,6 +118,7 @@ def rank_grad_kernel(
                 BLOCK_M,
                 BLOCK_C,
                 BLOCK_R,
+                SCAN,
             )
 
 
@@ -118,6 +130,8 @@ def _one_tile(
     mask_ptr,
     partial_ptr,
     counter_ptr,
+    ids_ptr,
+    owner_ptr,
     M,
     C,
     r,
@@ -135,6 +149,7 @@ def _one_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
     """One split of out[j, c] = keep_scale * sum_m D(P)[m, c] Q[m, j] for one tile of columns c."""
     split = tl.program_id(1)
@@ -144,6 +159,9 @@ def _one_tile(
     inside_r = offs_r < r
     first = split * rows_per_split
     last = min(M, first + rows_per_split)
+    if ids_ptr is not None:
+        low, high = adapters.id_range(owner_ptr, offs_r, r)
+        first, last = adapters.token_range(ids_ptr, low, high, first, last, BLOCK_M, SCAN)
     # A masked P is made in registers. As the left operand of wgmma it would serialise the tensor
     # cores, so with dropout the product is accumulated transposed, with P on the right.
     if DROPOUT:
@@ -153,9 +171,13 @@ def _one_tile(
     for m in tl.range(first, last, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         rows = offs_m.to(tl.int64)[:, None]
+        inside_p = (offs_m < M)[:, None] & inside_c[None, :]
+        if ids_ptr is not None:
+            ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
+            inside_p &= ((ids >= low) & (ids <= high))[:, None]
         p = tl.load(
             p_ptr + rows * stride_pm + offs_c[None, :],
-            mask=(offs_m < M)[:, None] & inside_c[None, :],
+            mask=inside_p,
             other=0.0,
         )
         q = tl.load(
@@ -229,12 +251,14 @@ def rank_grad(
     keep_scale=1.0,
     partial=None,
     counters=None,
+    adapters=None,
     input_precision="ieee",
 ):
     """Launch `rank_grad_kernel` for the gradients whose three tensors are given.
 
     x [M, K], dS [M, >= r] -> dA [r, K]; dY [M, N], S [M, >= r] -> dB [N, r]. `mask` holds dropout
     bits of x's shape. `partial` fp32 and `counters` int32 (zeroed) are needed when splits > 1.
+    `adapters`: whose the tokens and the r columns are, if S and dS pack several.
     """
     want_A, want_B = dA is not None, dB is not None
     K = dA.shape[1] if want_A else 0
@@ -244,7 +268,10 @@ def rank_grad(
     launch(
         rank_grad_kernel,
         (tiles_A + tiles_B, splits, rank_blocks),
-        (x, dS, dA, dY, S, dB, mask, partial, counters),
+        (
+            *(x, dS, dA, dY, S, dB, mask, partial, counters),
+            *(adapters[:2] if adapters is not None else (None, None)),
+        ),
         (
             M,
             K,
@@ -270,6 +297,7 @@ def rank_grad(
             config.BLOCK_M,
             config.BLOCK_C,
             config.block_r(r),
+            SCAN,
         ),
         config,
     )

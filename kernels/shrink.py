@@ -2,13 +2,14 @@
 
 The same kernel forms dS = scale * dY B in backward. It runs first, so it also does the small duties
 that must be done before what follows: it draws the dropout mask, packs the other factor for the
-descriptor matmul and zeroes the counters of rank_grad.
+descriptor matmul and zeroes the counters of rank_grad. With several adapters in the batch it is
+here that a token gets the columns of its own adapter and zeros in all others.
 """
 
 import triton
 import triton.language as tl
 
-from fused_lora.kernels import dropout
+from fused_lora.kernels import adapters, dropout
 from fused_lora.kernels.launch import cdiv, launch
 
 PACK_ROWS, PACK_COLUMNS = 64, 64
@@ -25,6 +26,9 @@ def shrink_kernel(
     source_ptr,
     packed_ptr,
     counter_ptr,
+    ids_ptr,
+    owner_ptr,
+    column_scaling_ptr,
     M,
     K,
     r,
@@ -58,6 +62,7 @@ def shrink_kernel(
     """S[m, j] = scale * sum_k D(x)[m, k] A[j, k].
 
     x [M, K], A [r, K] (any strides), S [M, columns] with columns >= r, the rest written as zeros.
+    With ids, of `adapters.py`: S[m, j] times the scaling of column j if it is the token's.
     Grid (programs, rank blocks); every program walks row blocks program, program + programs, ...
     """
     if TRIGGER:  # lets the matmul behind this launch start on the SMs that are left
@@ -94,7 +99,13 @@ def shrink_kernel(
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M)
         x_rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # [M, r]
-        for k in tl.range(0, K, BLOCK_K):
+        columns_k = K
+        if ids_ptr is not None:
+            wanted = adapters.any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
+            if STORE_MASK:
+                wanted |= pid_r == 0
+            columns_k = tl.where(wanted, K, 0)  # a tile that nobody wants is zero: x is not read
+        for k in tl.range(0, columns_k, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             inside_k = offs_k < K
             x = tl.load(
@@ -123,9 +134,14 @@ def shrink_kernel(
                         )
                 x = tl.where(dropout.expand(packed, BLOCK_M, BLOCK_K) != 0, x, 0.0).to(x.dtype)
             acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        factor = scale
+        if ids_ptr is not None:  # looked up after the loop: a mask alive in it would spill
+            factor = scale * tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None]
+            own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
+            acc = tl.where(own, acc, 0.0)
         tl.store(
             s_ptr + offs_m.to(tl.int64)[:, None] * stride_sm + offs_r[None, :],
-            (acc * scale).to(s_ptr.dtype.element_ty),
+            (acc * factor).to(s_ptr.dtype.element_ty),
             mask=(offs_m < M)[:, None] & (offs_r < columns)[None, :],
         )
 
@@ -179,6 +195,7 @@ def shrink(
     packed=None,
     counters=None,
     trigger=False,
+    adapters=None,
     input_precision="ieee",
 ):
     """Launch `shrink_kernel`: x [M, K] (unit column stride), a [r, K], S [M, >= r].
@@ -186,14 +203,20 @@ def shrink(
     `scaling` is a 0-dim fp32 tensor multiplied into `scale` on the device. `seed` and `threshold`
     switch dropout on, `mask` [M, ceil(K/8)] receives its bits. `source` is copied to `packed`;
     `counters` int32 are zeroed. `trigger` lets a dependent launch (PDL) start early.
+    `adapters`: whose the tokens and the rows of a are, if a packs several.
     """
     M, K = x.shape
     r = a.shape[0]
     block_r = config.block_r(S.shape[1])
+    if adapters is not None and seed is not None:
+        block_r = min(block_r, 64)  # the mask and 128 columns spill
     launch(
         shrink_kernel,
         (max(1, programs), cdiv(S.shape[1], block_r), 1),
-        (x, a, S, scaling, seed, mask, source, packed, counters),
+        (
+            *(x, a, S, scaling, seed, mask, source, packed, counters),
+            *(adapters[:3] if adapters is not None else (None, None, None)),
+        ),
         (
             M,
             K,

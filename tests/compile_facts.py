@@ -33,6 +33,7 @@ from fused_lora.kernels import (
     shrink,
 )
 from fused_lora.kernels.launch import OPTIONS
+from fused_lora.scale import Adapters
 
 M, K, N = 8192, 4096, 4096
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -100,6 +101,14 @@ def launches(target: str, bits: int):
         A, B = tensor(r, K, dtype=adapter), tensor(N, r, dtype=adapter)
         return A, B, tensor(M, -(-r // 16) * 16, dtype=dtype)
 
+    def pack(r, tokens=M):
+        """What is told of 64 adapters of total rank r."""
+        i32 = {"dtype": torch.int32}
+        return Adapters(
+            tensor(tokens, **i32), tensor(r, **i32), tensor(r, dtype=torch.float32),
+            tensor(64, 2, **i32),
+        )  # fmt: skip
+
     for index, tiles in enumerate(table["shrink"]):
         for r in (16, 128):
             A, B, S = factors(r)
@@ -124,6 +133,18 @@ def launches(target: str, bits: int):
             trigger=bool(table.get("matmul_descriptor")),
         )
         yield f"shrink[{index}] r=8 dropout, fp32 adapters packed"
+        A, B, S = factors(128)
+        shrink.shrink(x, A, S, tiles, 132, adapters=pack(128))
+        yield f"shrink[{index}] r=128 forward, many adapters"
+        A, B, S = factors(1024)
+        shrink.shrink(
+            *(x, A, S, tiles, 132),
+            seed=seed,
+            threshold=3277,
+            mask=bits_x,
+            adapters=pack(1024),
+        )
+        yield f"shrink[{index}] r=1024 dropout, many adapters"
     for index, tiles in enumerate(table["matmul"]):
         A, B, S = factors(128)
         matmul.matmul(x, weight.t(), dy, tiles, b=B.t(), S=S, bias=bias)
@@ -133,12 +154,20 @@ def launches(target: str, bits: int):
         yield f"matmul[{index}] r=16 dX"
         matmul.matmul(dy, weight, x, tiles, b=A, S=S, mask=bits_x, keep_scale=1.05)
         yield f"matmul[{index}] r=16 dX dropout"
+        A, B, S = factors(1024)
+        matmul.matmul(x, weight.t(), dy, tiles, b=B.t(), S=S, bias=bias, adapters=pack(1024))
+        yield f"matmul[{index}] r=1024 forward, many adapters"
+        matmul.matmul(dy, weight, x, tiles, b=A, S=S, mask=bits_x, adapters=pack(1024))
+        yield f"matmul[{index}] r=1024 dX dropout, many adapters"
     for index, tiles in enumerate(table["matmul_single"]):
         A, B, S = factors(config.MAX_SINGLE_RANK)
         matmul.matmul(x, weight.t(), dy, tiles, a=A, b=B.t(), S=S, bias=bias, single=True)
         yield f"matmul_single[{index}] r=64 forward"
         matmul.matmul(dy, weight, x, tiles, a=B.t(), b=A, S=S, single=True)
         yield f"matmul_single[{index}] r=64 dX"
+        many = {"single": True, "adapters": pack(config.MAX_SINGLE_RANK)}
+        matmul.matmul(x, weight.t(), dy, tiles, a=A, b=B.t(), S=S, bias=bias, **many)
+        yield f"matmul_single[{index}] r=64 forward, many adapters"
     for index, tiles in enumerate(table.get("matmul_descriptor", [])):
         name, run = f"matmul_descriptor[{index}]", matmul_descriptor.descriptor_matmul
         for r, pdl in ((128, True), (16, False)):
@@ -149,6 +178,13 @@ def launches(target: str, bits: int):
             yield f"{name} r={r} dX pdl={pdl}"
         run(x, weight.t(), dy, tiles, 132, bias=bias)
         yield f"{name} plain forward"
+        A, B, S = factors(1024)
+        for pdl in (True, False):
+            many = {"adapters": pack(1024), "pdl": pdl}
+            run(x, weight.t(), dy, tiles, 132, b=B.t(), S=S, bias=bias, **many)
+            yield f"{name} r=1024 forward pdl={pdl}, many adapters"
+            run(dy, weight, x, tiles, 132, b=A, S=S, **many)
+            yield f"{name} r=1024 dX pdl={pdl}, many adapters"
     for index, tiles in enumerate(table.get("matmul_gluon", [])):
         A, B, S = factors(128)
         run = matmul_gluon.gluon_matmul
@@ -164,7 +200,10 @@ def launches(target: str, bits: int):
         run(dy, weight, B.t(), A, x, S, counters, tiles, 132)
         yield f"matmul_producer[{index}] r=64 dX"
     for index, tiles in enumerate(table["rank_grad"]):
-        for r, mask in ((16, None), (128, None), (16, bits_x), (128, bits_x)):
+        for r, mask, many in (
+            *((r, mask, None) for mask in (None, bits_x) for r in (16, 128)),
+            *((128, mask, pack(128)) for mask in (None, bits_x)),
+        ):
             A, B, S = factors(r)
             rank_grad.rank_grad(
                 tiles,
@@ -180,10 +219,18 @@ def launches(target: str, bits: int):
                 mask=mask,
                 partial=partial,
                 counters=counters,
+                adapters=many,
             )
-            yield f"rank_grad[{index}] r={r}{'' if mask is None else ' dropout'}"
+            suffix = "" if mask is None else " dropout"
+            suffix += "" if many is None else ", many adapters"
+            yield f"rank_grad[{index}] r={r}{suffix}"
     for index, tiles in enumerate(table["decode"]):
-        for tokens, r in (config.MAX_DECODE[bits], (1, 16))[: 1 if index else 2]:
+        most = config.MAX_DECODE[bits]
+        for tokens, r, many in (
+            (*most, None),
+            (*most, pack(most[1], most[0])),
+            (1, 16, None),
+        )[: 2 if index else 3]:
             A, B, _ = factors(r)
             few, out = tensor(tokens, K, dtype=dtype), tensor(tokens, N, dtype=dtype)
             decode.decode(
@@ -198,8 +245,9 @@ def launches(target: str, bits: int):
                 partial=partial,
                 partial_s=partial,
                 counters=counters,
+                adapters=many,
             )
-            yield f"decode[{index}] M={tokens} r={r}"
+            yield f"decode[{index}] M={tokens} r={r}{'' if many is None else ', many adapters'}"
 
 
 def cuda_facts(kernel, capability: int) -> dict:

@@ -76,8 +76,8 @@ SHRINK_AND_PORTABLE = (
         "(offs_m < M)[:, None] & inside",
         "(offs_m < M - 1)[:, None] & inside",
     ),
-    Bug("adapter missing", shrink, "(acc * scale)", "(acc * 0.0)"),
-    Bug("scale 5 % off", shrink, "(acc * scale)", "(acc * scale * 1.05)"),
+    Bug("adapter missing", shrink, "(acc * factor)", "(acc * 0.0)"),
+    Bug("scale 5 % off", shrink, "(acc * factor)", "(acc * factor * 1.05)"),
     Bug(
         "last columns stale",
         matmul,
@@ -272,7 +272,7 @@ def test_without_the_floor_the_rule_catches_a_scale_wrong_by_04_percent(
 ):
     force_path(monkeypatch, "portable")
     case = make_case(256, 512, 512, 16, dtype, amplify=False, device=device)
-    plant(monkeypatch, tmp_path, shrink, "(acc * scale)", "(acc * scale * 1.004)")
+    plant(monkeypatch, tmp_path, shrink, "(acc * factor)", "(acc * factor * 1.004)")
     found = " ".join(violations_of(TRITON, case, floor=False))
     assert all(f"W = 0: {name}" in found for name in ("y", "dx", "dA", "dB"))
 

@@ -1,0 +1,278 @@
+"""`AdapterPack`: the adapters of one linear layer, packed along the rank, changed in place.
+
+The storage is made once. What an adapter gets are blocks of 16 columns of it, so that adding,
+replacing or removing one moves no other and a captured CUDA graph sees the change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.scale import NOBODY, RANK_PADDING, Adapters
+
+
+class _Entry(NamedTuple):
+    id: int
+    r: int
+    scaling: float
+    blocks: tuple[int, ...]  # of RANK_PADDING columns each
+
+    @property
+    def columns(self) -> list[int]:
+        """All columns of the blocks; the first r of them hold the adapter, the rest is padding."""
+        return [RANK_PADDING * block + j for block in self.blocks for j in range(RANK_PADDING)]
+
+
+class AdapterPack(nn.Module):
+    """Room for adapters of one linear layer of `in_features` and `out_features`.
+
+    Args:
+        total_rank: room for ranks, each adapter's rounded up to a multiple of 16.
+        max_adapters: the largest number of adapters at a time.
+        device, dtype: of the factors. fp32 factors on a bf16 base get fp32 gradients.
+
+    Parameters: lora_A [total_rank, in_features] and lora_B [out_features, total_rank], zero where
+    no adapter is. Columns that pad a rank, and free ones, get exactly zero gradient. An optimizer
+    with momentum goes on moving the columns of an adapter that was removed or replaced: reset its
+    state there.
+
+    Raises ValueError for sizes below 1.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    owner: Tensor
+    scaling: Tensor
+    window: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        total_rank: int,
+        max_adapters: int = 64,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        sizes = {"in_features": in_features, "out_features": out_features}
+        sizes |= {"total_rank": total_rank, "max_adapters": max_adapters}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1: got {size}")
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.max_adapters = max_adapters
+        self.total_rank = _blocks_of(total_rank) * RANK_PADDING
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.zeros(self.total_rank, in_features, **factory))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, self.total_rank, **factory))
+        int32: dict[str, Any] = {"device": device, "dtype": torch.int32}
+        self.register_buffer("owner", torch.full((self.total_rank,), NOBODY, **int32))
+        exact = torch.promote_types(self.lora_A.dtype, torch.float32)
+        scaling = torch.zeros(self.total_rank, device=device, dtype=exact)
+        self.register_buffer("scaling", scaling)
+        self.register_buffer("window", torch.zeros(max_adapters, 2, **int32))
+        self._entries: dict[str, _Entry] = {}
+
+    def add(self, name: str, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0) -> int:
+        """Copy an adapter, lora_A [r, in_features] and lora_B [out_features, r], into free columns;
+        returns the id that `adapter_ids` name it by.
+
+        Raises ValueError, before anything is written, if the name is taken, shapes do not fit, a
+        value is not finite (it would leak into the tokens of other adapters), or room is missing.
+        """
+        if name in self._entries:
+            raise ValueError(f"there is an adapter {name!r} already: use replace(), or remove() it")
+        ids = {entry.id for entry in self._entries.values()}
+        free = [i for i in range(self.max_adapters) if i not in ids]
+        if not free:
+            raise ValueError(
+                f"the pack holds {self.max_adapters} adapters, as many as it may: remove() one, or "
+                "build it with a larger max_adapters"
+            )
+        self._write(name, free[0], lora_A, lora_B, scaling, kept=())
+        return free[0]
+
+    def add_untrained(self, name: str, r: int, *, scaling: float = 1.0) -> int:
+        """`add` an adapter as training starts with it: lora_A Kaiming-uniform, lora_B zero."""
+        if r < 1:
+            raise ValueError(f"r must be at least 1: got {r}")
+        lora_A = self.lora_A.new_empty(r, self.in_features)
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+        return self.add(name, lora_A, self.lora_B.new_zeros(self.out_features, r), scaling=scaling)
+
+    def replace(
+        self, name: str, lora_A: Tensor, lora_B: Tensor, *, scaling: float | None = None
+    ) -> int:
+        """Put another adapter in the place of `name`, with the same id and, unless given, the same
+        scaling; its rank may differ. Raises as `add`, and KeyError if there is no such adapter."""
+        old = self._entry(name)
+        scaling = old.scaling if scaling is None else scaling
+        self._write(name, old.id, lora_A, lora_B, scaling, kept=old.blocks)
+        return old.id
+
+    @torch.no_grad()
+    def remove(self, name: str) -> None:
+        """Zero and free the columns of `name`. Raises KeyError if there is no such adapter."""
+        entry = self._entry(name)
+        self._clear(entry)
+        self.window[entry.id] = 0
+        del self._entries[name]
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters, in the order in which they were added."""
+        return list(self._entries)
+
+    def id(self, name: str) -> int:
+        return self._entry(name).id
+
+    def rank(self, name: str) -> int:
+        return self._entry(name).r
+
+    def scaling_of(self, name: str) -> float:
+        return self._entry(name).scaling
+
+    def columns(self, name: str) -> Tensor:
+        """int64 [r]: where the adapter lies, rows of lora_A and columns of lora_B."""
+        entry = self._entry(name)
+        return torch.tensor(entry.columns[: entry.r], device=self.owner.device)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """A copy of the adapter: lora_A [r, in_features] and lora_B [out_features, r]."""
+        columns = self.columns(name)
+        return self.lora_A.detach()[columns], self.lora_B.detach()[:, columns]
+
+    def ids(self, names: Sequence[str | None]) -> Tensor:
+        """int32 [len(names)] on the pack's device: the adapters' ids, -1 (base only) for None."""
+        ids = [-1 if name is None else self.id(name) for name in names]
+        return torch.tensor(ids, dtype=torch.int32, device=self.owner.device)
+
+    def for_tokens(self, ids: Tensor) -> Adapters:
+        """What the operators are told, for ids int32 [M]."""
+        return Adapters(ids, self.owner, self.scaling, self.window)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: "adapters" (columns in use, padding included), "free" (columns that can be given
+        to adapters), "tables" (which column is whose)."""
+        per_block = RANK_PADDING * (self.in_features + self.out_features)
+        per_block *= self.lora_A.element_size()
+        used = sum(len(entry.blocks) for entry in self._entries.values())
+        return {
+            "adapters": used * per_block,
+            "free": (self.total_rank // RANK_PADDING - used) * per_block,
+            "tables": self.owner.nbytes + self.scaling.nbytes + self.window.nbytes,
+        }
+
+    def extra_repr(self) -> str:
+        held = ", ".join(f"{name} (r={entry.r})" for name, entry in self._entries.items())
+        mib = sum(self.memory().values()) / 2**20
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, total_rank="
+            f"{self.total_rank}, {mib:.1f} MiB, adapters: {held or 'none'}"
+        )
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise KeyError(f"no adapter {name!r} in the pack, which holds {self.names}: add() it")
+        return self._entries[name]
+
+    @torch.no_grad()
+    def _write(
+        self,
+        name: str,
+        adapter_id: int,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        kept: tuple[int, ...],
+    ) -> None:
+        """Check the adapter, then write it to `kept` blocks and free ones, its owner last."""
+        if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
+            raise ValueError(
+                f"adapter {name!r} must be lora_A [r, in] and lora_B [out, r]: got "
+                f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
+            )
+        r = lora_A.shape[0]
+        if lora_A.shape[1] != self.in_features or lora_B.shape[0] != self.out_features or r < 1:
+            raise ValueError(
+                f"adapter {name!r} is lora_A {tuple(lora_A.shape)} and lora_B "
+                f"{tuple(lora_B.shape)}, expected [r, {self.in_features}] and "
+                f"[{self.out_features}, r], r at least 1: it belongs to a layer of another size"
+            )
+        factors = {"lora_A": lora_A.to(self.lora_A), "lora_B": lora_B.to(self.lora_B)}
+        for label, factor in factors.items():
+            if not torch.isfinite(factor).all():
+                raise ValueError(
+                    f"{label} of adapter {name!r} holds a value that is not finite in "
+                    f"{factor.dtype}: it would leak into the tokens of other adapters; repair it"
+                )
+        if not math.isfinite(scaling):
+            raise ValueError(f"scaling of adapter {name!r} must be finite: got {scaling}")
+        entry = _Entry(adapter_id, r, float(scaling), self._allocate(name, _blocks_of(r), kept))
+        if name in self._entries:
+            self._clear(self._entries[name])
+        columns = torch.tensor(entry.columns[:r], device=self.owner.device)
+        self.lora_A[columns] = factors["lora_A"]
+        self.lora_B[:, columns] = factors["lora_B"]
+        self.scaling[columns] = entry.scaling
+        first, last = min(entry.columns), max(entry.columns)
+        self.window[adapter_id] = torch.tensor([first, last + 1], dtype=torch.int32)
+        self.owner[columns] = adapter_id
+        self._entries[name] = entry
+
+    def _allocate(self, name: str, count: int, kept: tuple[int, ...]) -> tuple[int, ...]:
+        """`count` blocks among the free ones and `kept`: `kept` if it fits, else the first run of
+        neighbours that is long enough, else the first ones there are."""
+        if len(kept) == count:
+            return kept
+        taken = {block for entry in self._entries.values() for block in entry.blocks}
+        taken -= set(kept)
+        free = [b for b in range(self.total_rank // RANK_PADDING) if b not in taken]
+        if len(free) < count:
+            raise ValueError(
+                f"adapter {name!r} needs {count * RANK_PADDING} columns, "
+                f"{len(free) * RANK_PADDING} of {self.total_rank} are free: remove() adapters, or "
+                "build the pack with a larger total_rank"
+            )
+        for start in range(len(free) - count + 1):
+            if free[start + count - 1] - free[start] == count - 1:
+                return tuple(free[start : start + count])
+        return tuple(free[:count])
+
+    def _clear(self, entry: _Entry) -> None:
+        columns = torch.tensor(entry.columns, device=self.owner.device)
+        self.owner[columns] = NOBODY
+        self.scaling[columns] = 0.0
+        self.lora_A[columns] = 0.0
+        self.lora_B[:, columns] = 0.0
+
+    # --- state: what moves, what is saved, what loads
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AdapterPack:
+        super()._apply(fn, recurse)
+        exact = torch.promote_types(self.lora_A.dtype, torch.float32)
+        if self.scaling.dtype != exact:  # .half() and the like: a scaling stays exact
+            self.scaling = self.scaling.to(exact)
+            for entry in self._entries.values():
+                self.scaling[entry.columns[: entry.r]] = entry.scaling
+        return self
+
+    def get_extra_state(self) -> dict[str, list[Any]]:
+        return {name: [*entry[:3], list(entry.blocks)] for name, entry in self._entries.items()}
+
+    def set_extra_state(self, state: dict[str, list[Any]]) -> None:
+        self._entries = {
+            name: _Entry(adapter_id, r, scaling, tuple(blocks))
+            for name, (adapter_id, r, scaling, blocks) in state.items()
+        }
+
+
+def _blocks_of(r: int) -> int:
+    return -(-r // RANK_PADDING)

@@ -1,0 +1,243 @@
+"""Many adapters in one batch: `multi_lora_linear`, the layer `MultiLoRALinear` over it, and
+`use_adapters`, by which unchanged model code serves a mixed batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora import dropout, multi_ops, ops
+from fused_lora.adapter_pack import AdapterPack
+from fused_lora.functional import BACKENDS, _check_options, _check_tensors
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    pack: AdapterPack,
+    adapter_ids: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """LoRA linear layer in which every token has an adapter of its own, or none.
+
+    `x_m W^T + bias + scaling_g (D(x_m) A_g^T) B_g^T` for token m, g = adapter_ids[m]. The order of
+    the tokens never changes a result, only the speed: for large packs tokens of one adapter are
+    best kept together.
+
+    Args:
+        x, weight, bias, dropout_p, seed, backend: as in `fused_lora.lora_linear`.
+        pack: the adapters. Its factors are differentiable; a column without tokens gets zero.
+        adapter_ids: integers on x's device, `pack.id(name)` or -1 for the base alone; one per token
+            (x.shape[:-1]) or for what x's leading dimensions begin with: [B] for x [B, T, K].
+
+    Returns:
+        [..., N] in x's dtype; under autocast in the autocast dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `lora_linear`; ValueError for ids of another shape
+        or device, and for ids that are not in the pack: on a CPU always, on a GPU only with
+        FUSED_LORA_CHECK_IDS=1 in the environment (it waits for the GPU). Unchecked they count
+        as -1.
+
+    Adapters are isolated from each other for finite values: zero times infinity is not zero, so an
+    adapter that is not finite spoils its neighbours' tokens, which is why a pack refuses it.
+    """
+    device_type = x.device.type
+    autocast = torch.is_autocast_enabled(device_type)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    _check_tensors(x, weight, pack.lora_A, pack.lora_B, bias, autocast)
+    _check_options(x, 1.0, dropout_p, seed, backend)
+    leading = x.shape[:-1]
+    ids = _ids_of_tokens(adapter_ids, x)
+    if backend == "triton" and not torch.compiler.is_compiling():
+        ops.require_triton(x)
+    if dropout_p > 0.0 and seed is None:
+        seed = dropout.draw_seed(x.device)
+    if dropout_p == 0.0:
+        seed = None
+
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
+    tensors = (rows, weight, pack.lora_A, pack.lora_B, bias)
+    options = (*pack.for_tokens(ids), dropout_p, seed, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        y = multi_ops.MultiLoRAFunction.apply(*tensors, *options)
+    else:
+        y = multi_ops.forward(*tensors, *options, False)[0]
+    return y if x.dim() == 2 else y.view(*leading, weight.shape[0])
+
+
+def _ids_of_tokens(adapter_ids: Tensor, x: Tensor) -> Tensor:
+    """int32 [M], contiguous."""
+    leading = x.shape[:-1]
+    shape = adapter_ids.shape
+    if adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
+        raise TypeError(f"adapter_ids is {adapter_ids.dtype}, expected int32: pass pack.ids([...])")
+    if adapter_ids.device != x.device:
+        raise ValueError(
+            f"adapter_ids is on {adapter_ids.device}, x is on {x.device}: move them to one device"
+        )
+    if leading[: len(shape)] != shape:
+        raise ValueError(
+            f"adapter_ids has shape {tuple(shape)}, expected one id per token {tuple(leading)} or "
+            f"per sequence, a beginning of that shape: got x {tuple(x.shape)}"
+        )
+    spread = adapter_ids.reshape(*shape, *(1,) * (len(leading) - len(shape))).expand(leading)
+    return spread.to(torch.int32).reshape(-1).contiguous()
+
+
+class MultiLoRALinear(nn.Module):
+    """A linear layer with a frozen base weight and a pack of adapters, one for each token.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in `nn.Linear`.
+        total_rank, max_adapters: the room in `pack`, see `AdapterPack`.
+        lora_dropout: drop probability of the adapters' input in training mode, in [0, 1).
+        adapter_dtype: dtype of the factors, the base's by default.
+        backend: "auto", "triton" or "aten", see `fused_lora.lora_linear`.
+
+    Parameters: weight [out, in] and bias [out] (frozen), pack.lora_A and pack.lora_B. Adapters are
+    added, replaced and removed by `layer.pack`.
+
+    Raises ValueError for lora_dropout outside [0, 1), an unknown backend, and sizes below 1.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        total_rank: int,
+        max_adapters: int = 64,
+        lora_dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self._setup(
+            nn.Linear(in_features, out_features, bias, device, dtype),
+            total_rank=total_rank,
+            max_adapters=max_adapters,
+            lora_dropout=lora_dropout,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        total_rank: int,
+        max_adapters: int = 64,
+        lora_dropout: float = 0.0,
+        adapter_dtype: torch.dtype | None = None,
+        backend: str = "auto",
+    ) -> MultiLoRALinear:
+        """A layer around the weight and bias of `linear`: shared, not copied, and frozen from now
+        on. Raises TypeError if `linear` is not exactly an nn.Linear."""
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"from_linear takes an nn.Linear: got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._setup(
+            linear,
+            total_rank=total_rank,
+            max_adapters=max_adapters,
+            lora_dropout=lora_dropout,
+            adapter_dtype=adapter_dtype,
+            backend=backend,
+        )
+        return layer.train(linear.training)
+
+    def _setup(
+        self,
+        base: nn.Linear,
+        *,
+        total_rank: int,
+        max_adapters: int,
+        lora_dropout: float,
+        adapter_dtype: torch.dtype | None,
+        backend: str,
+    ) -> None:
+        if not 0.0 <= lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+        base.requires_grad_(False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.lora_dropout, self.backend = lora_dropout, backend
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        self.pack = AdapterPack(
+            base.in_features,
+            base.out_features,
+            total_rank=total_rank,
+            max_adapters=max_adapters,
+            device=base.weight.device,
+            dtype=adapter_dtype or base.weight.dtype,
+        )
+        self._ids: Tensor | None = None
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """[..., in_features] -> [..., out_features]. adapter_ids as in `multi_lora_linear`; without
+        them, those of the `use_adapters` block the call is in. Raises RuntimeError outside one."""
+        ids = self._ids if adapter_ids is None else adapter_ids
+        if ids is None:
+            raise RuntimeError(
+                "no adapter ids: call the model inside use_adapters(model, ids), or the layer with "
+                "adapter_ids"
+            )
+        return multi_lora_linear(
+            x,
+            self.weight,
+            self.pack,
+            ids,
+            self.bias,
+            dropout_p=self.lora_dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}"
+        text += f", bias={self.bias is not None}"
+        if self.lora_dropout > 0.0:
+            text += f", lora_dropout={self.lora_dropout}"
+        return text + f", backend={self.backend}"
+
+
+@contextlib.contextmanager
+def use_adapters(model: nn.Module, ids: Tensor | Sequence[str | None]) -> Iterator[None]:
+    """Inside the block, the MultiLoRALinear layers of `model` take these adapters.
+
+    ids: as `adapter_ids` of `multi_lora_linear`, for packs that were filled alike; or one name per
+    sequence (None: base only), looked up in the pack of each layer. So unchanged model code, a
+    `forward` or `generate` of transformers, serves a mixed batch. Blocks nest; not thread-safe.
+
+    Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
+    before = [layer._ids for layer in layers]
+    chosen = [ids if isinstance(ids, Tensor) else layer.pack.ids(ids) for layer in layers]
+    try:
+        for layer, layer_ids in zip(layers, chosen, strict=True):
+            layer._ids = layer_ids
+        yield
+    finally:
+        for layer, earlier in zip(layers, before, strict=True):
+            layer._ids = earlier

@@ -1,0 +1,188 @@
+"""`MultiLoRALinear` in models: training several adapters at once, mixed batches through unchanged
+model code, the compiler."""
+
+import pytest
+import torch
+from multi_cases import fused, make_batch, make_ids, make_pack
+from shapes import BF16, FP32
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from fused_lora import MultiLoRALinear, multi_lora_linear, multi_ops, reference, use_adapters
+
+N, K = 24, 40
+
+
+def layer_of(adapters=2, r=8, **options):
+    torch.manual_seed(0)
+    layer = MultiLoRALinear.from_linear(nn.Linear(K, N), total_rank=adapters * 16, **options)
+    for i in range(adapters):
+        layer.pack.add_untrained(str(i), r, scaling=1.0 + i)
+        with torch.no_grad():
+            layer.pack.lora_B[:, layer.pack.columns(str(i))] = torch.randn(N, r) * 0.1
+    return layer
+
+
+def test_from_linear_shares_the_frozen_weight_and_a_new_layer_has_its_own():
+    linear = nn.Linear(K, N)
+    layer = MultiLoRALinear.from_linear(linear, total_rank=16, adapter_dtype=BF16)
+    assert layer.weight is linear.weight and layer.bias is linear.bias
+    trained = [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert trained == ["pack.lora_A", "pack.lora_B"] and layer.pack.lora_A.dtype == BF16
+    new = MultiLoRALinear(K, N, bias=False, dtype=BF16, total_rank=16)
+    assert new.bias is None and new.weight.dtype == BF16 == new.pack.lora_B.dtype
+    assert "bias=False" in repr(new)
+    with pytest.raises(TypeError, match=r"takes an nn\.Linear: got LazyLinear"):
+        MultiLoRALinear.from_linear(nn.LazyLinear(3), total_rank=16)
+    for options in ({"lora_dropout": 1.0}, {"backend": "fast"}):
+        with pytest.raises(ValueError, match="must be"):
+            MultiLoRALinear(K, N, total_rank=16, **options)
+
+
+def test_the_block_chooses_the_adapters_and_blocks_nest():
+    layer, x = layer_of(), torch.randn(3, 5, K)
+    model = nn.Sequential(layer, nn.ReLU())
+    expected = [torch.relu(layer(x, layer.pack.ids([name] * 3))) for name in ("0", "1", None)]
+    with use_adapters(model, ["0", "0", None]):
+        with use_adapters(model, layer.pack.ids(["1", "1", "1"])):
+            assert torch.equal(model(x), expected[1])
+        mixed = model(x)
+    assert torch.equal(mixed[:2], expected[0][:2]) and torch.equal(mixed[2], expected[2][2])
+    with pytest.raises(RuntimeError, match="no adapter ids: call the model inside use_adapters"):
+        model(x)
+    with pytest.raises(KeyError, match="no adapter 'c'"), use_adapters(model, ["c"]):
+        pass
+    with pytest.raises(ValueError, match="holds no MultiLoRALinear"), use_adapters(nn.ReLU(), []):
+        pass
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.5))
+def test_training_two_at_once_trains_each_as_if_alone(dropout_p):
+    """Five steps of SGD over a mixed batch, against five steps over each adapter's rows."""
+    both, targets = layer_of(lora_dropout=dropout_p), torch.randn(12, N)
+    x, ids = torch.randn(12, K), torch.tensor([0, 1, 1] * 4, dtype=torch.int32)
+    pack = both.pack
+    alone = [[t.double().requires_grad_() for t in pack.factors(name)] for name in "01"]
+    weight, bias = both.weight.double(), both.bias.double()
+    optimizer = torch.optim.SGD(both.parameters(), lr=0.002)
+    for step in range(5):
+        torch.manual_seed(step)
+        loss = ((both(x, ids) - targets) ** 2).sum(1)
+        loss.sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        torch.manual_seed(step)
+        adapters = [
+            (*factors, pack.scaling_of(name)) for factors, name in zip(alone, "01", strict=True)
+        ]
+        y = reference.multi_lora_linear(
+            x.double(), weight, adapters, ids, bias, dropout_p=dropout_p
+        )
+        for index, factors in enumerate(alone):  # one loss at a time
+            own = ((y - targets) ** 2)[ids == index].sum()
+            grads = torch.autograd.grad(own, factors, retain_graph=True)
+            with torch.no_grad():
+                for t, grad in zip(factors, grads, strict=True):
+                    t -= 0.002 * grad
+    for name, factors in zip("01", alone, strict=True):
+        for ours, exact in zip(pack.factors(name), factors, strict=True):
+            torch.testing.assert_close(ours.double(), exact.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_generate_serves_a_mixed_batch_with_unchanged_model_code():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=K,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for block in model.model.layers:
+        for child in ("q_proj", "v_proj"):
+            linear = getattr(block.self_attn, child)
+            layer = MultiLoRALinear.from_linear(linear, total_rank=32)
+            for name in "ab":
+                layer.pack.add(name, torch.randn(8, K), torch.randn(linear.out_features, 8) * 0.3)
+            setattr(block.self_attn, child, layer)
+    prompt = torch.randint(0, 64, (3, 6))
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    names = ["b", None, "a"]
+    with use_adapters(model, names):
+        mixed = model.generate(prompt, **options)
+    answers = []
+    for row, name in zip(prompt, names, strict=True):
+        with use_adapters(model, [name]):
+            answers.append(model.generate(row[None], **options)[0])
+    assert torch.equal(mixed, torch.stack(answers))
+    assert len({tuple(row.tolist()) for row in mixed[:, 6:]}) == 3
+
+
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+def test_the_operators_pass_opcheck(backend, device):
+    batch = make_batch(9, N, K, (8, 3), FP32, make_ids("uniform", "shuffled", 9, 2), device)
+    pack, seed = make_pack(batch), torch.tensor(1, device=device)
+    tensors = [t.detach() for t in (batch.x, batch.weight, pack.lora_A, pack.lora_B)]
+    tables = pack.for_tokens(batch.ids)
+    arguments = (*tensors, batch.bias, *tables, 0.25, seed, backend, True)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(multi_ops.forward, arguments, test_utils=tests)
+    _, S, mask = multi_ops.forward(*arguments)
+    back = (batch.dy, *tensors, *tables, S, mask, 0.25, [True] * 5, backend)
+    torch.library.opcheck(multi_ops.backward, back, test_utils=tests)
+
+
+def test_compiled_code_takes_other_ids_and_hot_swaps_without_compiling_again():
+    batch = make_batch(9, N, K, (8, 3), FP32, make_ids("uniform", "shuffled", 9, 2), "cpu")
+    pack = make_pack(batch, spare=16)
+    frames = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(multi_lora_linear, backend=frames, fullgraph=True)
+    for swap in range(3):
+        ours = fused(batch, pack, layer=compiled, backend="aten")
+        eager = fused(batch, pack, backend="aten")
+        assert all(torch.equal(ours[name], eager[name]) for name in eager)
+        batch.ids.copy_(batch.ids.flip(0))
+        pack.replace("1", torch.randn(3, K), torch.randn(N, 3) * (swap + 1))
+    assert frames.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", (16, 300))
+def test_a_graph_replays_with_other_ids_and_other_adapters(tokens):
+    layer = MultiLoRALinear(256, 128, dtype=BF16, device="cuda", total_rank=64, backend="triton")
+    for i, r in enumerate((8, 16, 33)):
+        layer.pack.add(str(i), torch.randn(r, 256), torch.randn(128, r), scaling=0.5 + i)
+    x = torch.randn(tokens, 256, device="cuda", dtype=BF16, requires_grad=True)
+    dy = torch.randn(tokens, 128, device="cuda", dtype=BF16)
+    ids = make_ids("identical", "grouped", tokens, 3).cuda()
+
+    def step():
+        y = layer(x, ids)
+        return y, *torch.autograd.grad(y, (x, layer.pack.lora_A, layer.pack.lora_B), dy)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for popularity in ("distinct", "uniform", "none"):
+        ids.copy_(make_ids(popularity, "shuffled", tokens, 3))
+        layer.pack.replace("1", torch.randn(16, 256), torch.randn(128, 16), scaling=3.0)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, captured, step()))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_unknown_ids_count_as_none_without_the_debug_switch():
+    layer = MultiLoRALinear(64, 64, dtype=BF16, device="cuda", total_rank=16, backend="triton")
+    layer.pack.add("a", torch.randn(16, 64), torch.randn(64, 16))
+    x = torch.randn(40, 64, device="cuda", dtype=BF16)
+    unknown = torch.tensor([7, -2, 2**30, -(2**31)], dtype=torch.int32, device="cuda").repeat(10)
+    assert torch.equal(layer(x, unknown), layer(x, torch.full_like(unknown, -1)))

@@ -1,0 +1,201 @@
+"""`AdapterPack` and the ids that name its adapters: what is kept, what is refused, what a change in
+place does to batches before and after it."""
+
+import copy
+
+import pytest
+import torch
+from multi_cases import make_batch, make_pack
+from shapes import BF16, FP32
+
+from fused_lora import AdapterPack, lora_linear, multi_lora_linear, multi_ops
+
+N, K = 24, 40
+
+
+def factors(r, seed=0, dtype=FP32):
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(r, K, generator=generator) / K**0.5
+    return A.to(dtype), torch.randn(N, r, generator=generator).to(dtype)
+
+
+def inputs(M=10, dtype=FP32):
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randn(size, K, generator=generator) for size in (M, N))
+    return x.to(dtype), weight.to(dtype)
+
+
+def served(pack, name, x, weight):
+    return multi_lora_linear(x, weight, pack, pack.ids([name]).expand(len(x)), backend="aten")
+
+
+def test_adapters_are_added_replaced_and_removed_in_place():
+    pack = AdapterPack(K, N, total_rank=80)
+    x, weight = inputs()
+    addresses = [t.data_ptr() for t in pack.state_dict().values() if isinstance(t, torch.Tensor)]
+    held = {"a": factors(8), "b": factors(33, 1), "c": factors(16, 2)}
+    for name, adapter in held.items():
+        pack.add(name, *adapter, scaling=1.5)
+    held["b"] = factors(20, 3)
+    pack.replace("b", *held["b"], scaling=0.5)
+    pack.remove("a")
+    del held["a"]
+    held["d"] = factors(17, 4)  # into what a and the end of b left
+    assert pack.add("d", *held["d"], scaling=2.0) == 0
+    assert pack.names == ["b", "c", "d"] and [pack.rank(n) for n in "bcd"] == [20, 16, 17]
+    for name, adapter in held.items():
+        expected = lora_linear(x, weight, *adapter, scaling=pack.scaling_of(name), backend="aten")
+        torch.testing.assert_close(served(pack, name, x, weight), expected)
+        assert all(map(torch.equal, pack.factors(name), adapter))
+    after = [t.data_ptr() for t in pack.state_dict().values() if isinstance(t, torch.Tensor)]
+    assert addresses == after
+
+
+def test_removing_zeroes_and_frees_and_the_others_keep_their_bits():
+    pack = AdapterPack(K, N, total_rank=32)
+    x, weight = inputs()
+    pack.add("a", *factors(16))
+    pack.add("b", *factors(9, 1))
+    before = served(pack, "b", x, weight)
+    pack.remove("a")
+    assert torch.equal(served(pack, "b", x, weight), before)
+    assert pack.lora_A[:16].eq(0).all() and pack.lora_B[:, :16].eq(0).all()
+    assert pack.owner.tolist() == [-2] * 16 + [1] * 9 + [-2] * 7
+    pack.remove("b")
+    assert not pack.window.any() and not pack.scaling.any() and pack.names == []
+
+
+def test_columns_in_pieces_serve_as_well_as_neighbours():
+    pack = AdapterPack(K, N, total_rank=64)
+    for name in "abcd":
+        pack.add(name, *factors(16))
+    pack.remove("a")
+    pack.remove("c")
+    wide = factors(32, 5)
+    pack.add("wide", *wide, scaling=0.7)
+    assert pack.window[pack.id("wide")].tolist() == [0, 48]
+    x, weight = inputs()
+    expected = lora_linear(x, weight, *wide, scaling=0.7, backend="aten")
+    torch.testing.assert_close(served(pack, "wide", x, weight), expected)
+
+
+def test_memory_is_what_the_storage_takes():
+    pack = AdapterPack(K, N, total_rank=40, dtype=BF16)
+    pack.add("a", *factors(17))
+    memory = pack.memory()
+    assert memory["adapters"] == 32 * (K + N) * 2 and memory["free"] == 16 * (K + N) * 2
+    tensors = [t for t in pack.state_dict().values() if isinstance(t, torch.Tensor)]
+    assert sum(memory.values()) == sum(t.nbytes for t in tensors)
+    assert "a (r=17)" in repr(pack) and "MiB" in repr(pack)
+
+
+REFUSED = {
+    "not finite": (lambda A, B: (A, B * torch.inf), "not finite"),
+    "NaN": (lambda A, B: (A.fill_(torch.nan), B), "not finite"),
+    "of another layer": (lambda A, B: (A[:, 1:], B), "another size"),
+    "of two ranks": (lambda A, B: (A[1:], B), "must be lora_A"),
+    "too large": (lambda A, B: factors(49), "columns, 32 of 48 are free"),
+    "of rank 0": (lambda A, B: (A[:0], B[:, :0]), "r at least 1"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_an_adapter_that_is_refused_leaves_the_pack_as_it_was(what):
+    change, message = REFUSED[what]
+    pack = AdapterPack(K, N, total_rank=48)
+    pack.add("a", *factors(8))
+    before = copy.deepcopy(pack)
+    with pytest.raises(ValueError, match=message):
+        pack.add("b", *change(*factors(8, 1)))
+    if what != "too large":
+        with pytest.raises(ValueError, match=message):
+            pack.replace("a", *change(*factors(8, 1)))
+    assert pack.names == ["a"]
+    assert all(map(torch.equal, pack.parameters(), before.parameters()))
+    assert all(map(torch.equal, pack.buffers(), before.buffers()))
+
+
+def test_names_and_room_are_checked():
+    pack = AdapterPack(K, N, total_rank=64, max_adapters=1)
+    pack.add("a", *factors(8))
+    for call, error, message in (
+        (lambda: pack.add("a", *factors(8)), ValueError, "already: use replace"),
+        (lambda: pack.add("b", *factors(8)), ValueError, "holds 1 adapters, as many as it may"),
+        (lambda: pack.replace("a", *factors(8), scaling=torch.inf), ValueError, "must be finite"),
+        (lambda: pack.remove("b"), KeyError, "no adapter 'b' in the pack, which holds"),
+        (lambda: pack.ids(["a", "b"]), KeyError, "no adapter 'b'"),
+        (lambda: pack.add_untrained("b", 0), ValueError, "r must be at least 1"),
+        (lambda: AdapterPack(K, N, total_rank=0), ValueError, "total_rank must be at least 1"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+def test_ids_that_no_adapter_has_raise(backend, device, monkeypatch):
+    monkeypatch.setattr(multi_ops, "CHECK_IDS", True)  # what a CPU does anyway
+    batch = make_batch(5, N, K, (8, 16), FP32, torch.zeros(5, dtype=torch.int32), device)
+    pack = make_pack(batch)
+    pack.remove("0")
+    call = (batch.x, batch.weight, pack)
+    for wrong in (0, 2, 64, 2**31 - 1, -2, -(2**31)):
+        ids = torch.full((5,), -1, dtype=torch.int32, device=device)
+        ids[3] = wrong
+        with pytest.raises(ValueError, match=rf"holds {wrong}, expected -1 .*one of \[1\]"):
+            multi_lora_linear(*call, ids, backend=backend)
+
+
+def test_ids_of_a_wrong_shape_or_dtype_are_refused():
+    pack, (x, weight) = AdapterPack(K, N, total_rank=16), inputs(6)
+    pack.add("a", *factors(3))
+    for ids, error, message in (
+        (torch.zeros(6), TypeError, "adapter_ids is torch.float32, expected int32"),
+        (torch.zeros(6, dtype=torch.bool), TypeError, "expected int32"),
+        (torch.zeros(5, dtype=torch.int32), ValueError, r"has shape \(5,\), expected one id per"),
+        (torch.zeros(6, 1, dtype=torch.int32), ValueError, "has shape"),
+        (torch.zeros(6, dtype=torch.int32, device="meta"), ValueError, "move them to one device"),
+    ):
+        with pytest.raises(error, match=message):
+            multi_lora_linear(x, weight, pack, ids)
+
+
+@pytest.mark.parametrize("ids_dtype", (torch.int32, torch.int64))
+def test_ids_per_sequence_count_for_all_its_tokens(ids_dtype):
+    pack, (x, weight) = AdapterPack(K, N, total_rank=32), inputs(12)
+    for i, name in enumerate("ab"):
+        pack.add(name, *factors(3, i))
+    ids = torch.tensor([1, -1, 0], dtype=ids_dtype)
+    y = multi_lora_linear(x.view(3, 4, K), weight, pack, ids)
+    per_token = multi_lora_linear(x, weight, pack, ids.repeat_interleave(4))
+    assert torch.equal(y.view(12, N), per_token)
+    one = multi_lora_linear(x, weight, pack, torch.tensor(1, dtype=ids_dtype))
+    assert torch.equal(one, served(pack, "b", x, weight))
+
+
+def test_a_change_between_forward_and_backward_is_noticed():
+    pack, (x, weight) = AdapterPack(K, N, total_rank=32), inputs()
+    pack.add("a", *factors(8))
+    y = served(pack, "a", x, weight)
+    pack.replace("a", *factors(8, 1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", (FP32, BF16))
+def test_the_state_of_a_pack_loads_into_another(dtype):
+    pack, other = (AdapterPack(K, N, total_rank=64, dtype=dtype) for _ in range(2))
+    pack.add("a", *factors(8), scaling=1 / 3)
+    pack.add("b", *factors(20, 1))
+    pack.remove("a")
+    other.load_state_dict(pack.state_dict())
+    assert other.names == ["b"] and other.id("b") == 1
+    other.add("c", *factors(16, 2))
+    assert other.id("c") == 0 and all(map(torch.equal, other.factors("b"), pack.factors("b")))
+
+
+def test_scalings_stay_exact_when_the_pack_is_cast():
+    pack = AdapterPack(K, N, total_rank=16)
+    pack.add("a", *factors(3), scaling=1 / 3)
+    exact = pack.scaling.clone()
+    pack.to(BF16)
+    assert pack.lora_A.dtype == BF16 and torch.equal(pack.scaling, exact)
