@@ -23,14 +23,14 @@ def forward(
     scale: Scale,
     dropout_p: float,
     seed: Tensor | None,
+    adapters: Adapters | None,
     for_backward: bool,
-    adapters: Adapters | None = None,
 ) -> list[Tensor]:
     """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask. With
     `adapters`, lora_A and lora_B pack several, S has their own scaling and zeros where a column is
     not the token's."""
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    kept = add_adapter(y, x, lora_A, lora_B, scale, dropout_p, seed, for_backward, adapters)
+    kept = add_adapter(y, x, lora_A, lora_B, scale, dropout_p, seed, adapters, for_backward)
     return [y, *kept]
 
 
@@ -42,8 +42,8 @@ def add_adapter(
     scale: Scale,
     dropout_p: float,
     seed: Tensor | None,
+    adapters: Adapters | None,
     for_backward: bool,
-    adapters: Adapters | None = None,
 ) -> list[Tensor]:
     """y += S B^T in place, S = scale * D(x) A^T. Returns what `forward` returns beside y."""
     r = lora_A.shape[0]
@@ -73,16 +73,16 @@ def backward(
     mask_bits: Tensor | None,
     scale: Scale,
     dropout_p: float,
+    adapters: Adapters | None,
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
-    adapters: Adapters | None = None,
 ) -> list[Tensor | None]:
     """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
     dx = dy @ weight.to(dy.dtype) if needs_x else None
     return adapter_gradients(
-        *(dy, x, lora_A, lora_B, S, mask_bits, scale, dropout_p),
-        *(needs_x, needs_A, needs_B, dx, adapters),
+        *(dy, x, lora_A, lora_B, S, mask_bits, scale, dropout_p, adapters),
+        *(needs_x, needs_A, needs_B, dx),
     )
 
 
@@ -95,11 +95,11 @@ def adapter_gradients(
     mask_bits: Tensor | None,
     scale: Scale,
     dropout_p: float,
+    adapters: Adapters | None,
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
     dx: Tensor | None = None,
-    adapters: Adapters | None = None,
 ) -> list[Tensor | None]:
     """[dX, dA, dB] of the adapter term alone; its dX is added to `dx` in place where one is given.
     None for those that are not needed."""

@@ -13,7 +13,8 @@ from fused_lora import ops
 
 
 class LoRALinearFunction(torch.autograd.Function):
-    """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K].
+    """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K]. With `adapters`, the
+    tensors of `scale.Adapters`, A and B pack several and S is zero outside of a token's own.
 
     Saved for backward: x (only for dA or dW), the original W, A and B (parameters, never a cast
     copy), S [M, r] and, with dropout, one bit per element of x. Nothing of size M x N.
@@ -33,6 +34,7 @@ class LoRALinearFunction(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
         backend: str,
+        *adapters: Tensor,
     ) -> Tensor:
         y, S, *mask = ops.forward(
             x,
@@ -44,6 +46,7 @@ class LoRALinearFunction(torch.autograd.Function):
             scaling_tensor,
             dropout_p,
             seed,
+            adapters,
             backend,
             True,
         )
@@ -56,6 +59,7 @@ class LoRALinearFunction(torch.autograd.Function):
             S if needs_B else None,
             mask[0] if mask else None,
             scaling_tensor,
+            *adapters,
         )
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -64,7 +68,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_A, lora_B, S, mask, scaling_tensor = ctx.saved_tensors
+        x, weight, lora_A, lora_B, S, mask, scaling_tensor, *adapters = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
         computed = ops.backward(
             dy,
@@ -77,6 +81,7 @@ class LoRALinearFunction(torch.autograd.Function):
             ctx.scaling,
             scaling_tensor,
             ctx.dropout_p,
+            adapters,
             needs,
             ctx.backend,
         )
@@ -84,4 +89,4 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = [next(remaining) if needed else None for needed in needs]
         if grads[4] is not None:
             grads[4] = grads[4].to(ctx.bias_dtype)
-        return *grads, None, None, None, None, None
+        return *grads, *(None,) * (5 + len(adapters))

@@ -189,7 +189,8 @@ def _delta_(
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     with ops._as_given(x):
         kept = _backend(backend, x, lora_A, lora_B).add_adapter(
-            rows, x, lora_A, lora_B, Scale(scaling, scaling_tensor), dropout_p, seed, for_backward
+            *(rows, x, lora_A, lora_B, Scale(scaling, scaling_tensor), dropout_p, seed),
+            *(None, for_backward),
         )
     S = kept[0] if kept else x.new_empty((0, 0))
     return S, kept[1] if len(kept) > 1 else x.new_empty((0, 0), dtype=torch.uint8)
@@ -235,7 +236,8 @@ def _delta_backward(
     """Of [dx, dlora_A, dlora_B] those that `needs` asks for, in this order."""
     with ops._as_given(dy):
         grads = _backend(backend, dy, lora_A, lora_B).adapter_gradients(
-            dy, x, lora_A, lora_B, S, mask, Scale(scaling, scaling_tensor), dropout_p, *needs
+            *(dy, x, lora_A, lora_B, S, mask, Scale(scaling, scaling_tensor), dropout_p),
+            *(None, *needs),
         )
     return [grad for grad in grads if grad is not None]
 

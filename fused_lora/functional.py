@@ -66,9 +66,22 @@ def lora_linear(
     if dropout_p == 0.0:
         seed = None
 
-    leading = x.shape[:-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
     options = (factor, scaling_tensor, dropout_p, seed, backend)
+    return run(x, weight, lora_A, lora_B, bias, options)
+
+
+def run(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    options: tuple,
+    adapters: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """The operator on checked arguments, recorded for backward where a gradient may be asked for.
+    options: as `LoRALinearFunction` takes them, from scaling on; adapters: those of a pack."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
@@ -77,10 +90,11 @@ def lora_linear(
         or (bias is not None and bias.requires_grad)
     )
     if wants_grad:
-        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, *options)
+        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, *options, *adapters)
     else:
-        y = ops.forward(rows, weight, lora_A, lora_B, bias, *options, False)[0]
-    return y if x.dim() == 2 else y.view(*leading, weight.shape[0])
+        *numbers, backend = options
+        y = ops.forward(rows, weight, lora_A, lora_B, bias, *numbers, adapters, backend, False)[0]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check_tensors(

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_lora import dropout, multi_ops, ops
+from fused_lora import dropout, ops
 from fused_lora.adapter_pack import AdapterPack
-from fused_lora.functional import BACKENDS, _check_options, _check_tensors
+from fused_lora.functional import BACKENDS, _check_options, _check_tensors, run
 
 
 def multi_lora_linear(
@@ -55,7 +55,6 @@ def multi_lora_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check_tensors(x, weight, pack.lora_A, pack.lora_B, bias, autocast)
     _check_options(x, 1.0, dropout_p, seed, backend)
-    leading = x.shape[:-1]
     ids = _ids_of_tokens(adapter_ids, x)
     if backend == "triton" and not torch.compiler.is_compiling():
         ops.require_triton(x)
@@ -63,15 +62,8 @@ def multi_lora_linear(
         seed = dropout.draw_seed(x.device)
     if dropout_p == 0.0:
         seed = None
-
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
-    tensors = (rows, weight, pack.lora_A, pack.lora_B, bias)
-    options = (*pack.for_tokens(ids), dropout_p, seed, backend)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y = multi_ops.MultiLoRAFunction.apply(*tensors, *options)
-    else:
-        y = multi_ops.forward(*tensors, *options, False)[0]
-    return y if x.dim() == 2 else y.view(*leading, weight.shape[0])
+    options = (1.0, None, dropout_p, seed, backend)
+    return run(x, weight, pack.lora_A, pack.lora_B, bias, options, pack.for_tokens(ids))
 
 
 def _ids_of_tokens(adapter_ids: Tensor, x: Tensor) -> Tensor:

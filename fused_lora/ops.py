@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fused_lora import aten_backend, dropout
-from fused_lora.scale import Scale, padded_rank
+from fused_lora.scale import Adapters, Scale, padded_rank
 
 try:
     from fused_lora import triton_backend
 except (ImportError, AttributeError) as error:  # no triton here, or not one we know: aten only
     triton_backend = None  # type: ignore[assignment]
     _import_error = str(error)
+
+
+CHECK_IDS = os.environ.get("FUSED_LORA_CHECK_IDS") == "1"
+"""Whether adapter ids are checked on a GPU, too: a debugging aid, for it waits for the GPU at every
+call. Unchecked, an id that no adapter has means the base alone. On a CPU ids are always checked."""
 
 
 def why_not_triton(x: Tensor) -> str | None:
@@ -70,14 +76,14 @@ def resolve(backend: str, x: Tensor, N: int, r: int) -> str:
 _library = torch.library.Library("fused_lora", "DEF")
 _library.define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
-    "Tensor? scaling_tensor, float dropout_p, Tensor? seed, str backend, bool for_backward) "
-    "-> Tensor[]",
+    "Tensor? scaling_tensor, float dropout_p, Tensor? seed, Tensor[] adapters, str backend, "
+    "bool for_backward) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? S, "
-    "Tensor? mask, float scaling, Tensor? scaling_tensor, float dropout_p, bool[5] needs, "
-    "str backend) -> Tensor[]",
+    "Tensor? mask, float scaling, Tensor? scaling_tensor, float dropout_p, Tensor[] adapters, "
+    "bool[5] needs, str backend) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 forward = torch.ops.fused_lora.forward.default
@@ -94,21 +100,35 @@ def _forward(
     scaling_tensor: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
+    adapters: list[Tensor],
     backend: str,
     for_backward: bool,
 ) -> list[Tensor]:
     """[y [M, N]]; `for_backward` also S [M, padded r]; with dropout then also the packed mask
-    [M, ceil(K / 8)]."""
+    [M, ceil(K / 8)]. adapters: none, or the tensors of `scale.Adapters` where lora_A and lora_B
+    pack several."""
     backend_module = _backend(backend, x, weight.shape[0], weight, lora_A)
     scale = Scale(scaling, scaling_tensor)
+    pack = _checked(adapters)
     with _as_given(x):
         return backend_module.forward(
-            x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, for_backward
+            x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, pack, for_backward
         )
 
 
 def _forward_fake(
-    x, weight, lora_A, lora_B, bias, scaling, scaling_tensor, dropout_p, seed, backend, for_backward
+    x,
+    weight,
+    lora_A,
+    lora_B,
+    bias,
+    scaling,
+    scaling_tensor,
+    dropout_p,
+    seed,
+    adapters,
+    backend,
+    for_backward,
 ):
     M, K = x.shape
     outputs = [x.new_empty((M, weight.shape[0]))]
@@ -130,6 +150,7 @@ def _backward(
     scaling: float,
     scaling_tensor: Tensor | None,
     dropout_p: float,
+    adapters: list[Tensor],
     needs: list[bool],
     backend: str,
 ) -> list[Tensor]:
@@ -137,9 +158,11 @@ def _backward(
     needs_x, needs_weight, needs_A, needs_B, needs_bias = needs
     backend_module = _backend(backend, dy, weight.shape[1], weight, lora_A)
     scale = Scale(scaling, scaling_tensor)
+    pack = Adapters(*adapters) if adapters else None
     with _as_given(dy):
         dx, dA, dB = backend_module.backward(
-            dy, x, weight, lora_A, lora_B, S, mask, scale, dropout_p, needs_x, needs_A, needs_B
+            *(dy, x, weight, lora_A, lora_B, S, mask, scale, dropout_p, pack),
+            *(needs_x, needs_A, needs_B),
         )
         # full fine-tuning of the base is LoRA's limit case: right, not special
         dweight = (dy.t() @ x).to(weight.dtype) if needs_weight and x is not None else None
@@ -158,6 +181,7 @@ def _backward_fake(
     scaling,
     scaling_tensor,
     dropout_p,
+    adapters,
     needs,
     backend,
 ):
@@ -194,6 +218,24 @@ def _as_given(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 _NOTHING_TO_CHANGE = contextlib.nullcontext()
+
+
+def _checked(adapters: list[Tensor]) -> Adapters | None:
+    """The pack's tables, None without; raises ValueError for ids that it does not hold."""
+    if not adapters:
+        return None
+    pack = Adapters(*adapters)
+    if pack.ids.is_cuda and not CHECK_IDS:
+        return pack
+    ids, held = pack.ids, pack.window[:, 1] > 0
+    wrong = (ids < -1) | (ids >= len(held))
+    wrong |= ~held[ids.clamp(0, len(held) - 1)] & (ids != -1)
+    if wrong.any():
+        raise ValueError(
+            f"adapter_ids holds {ids[wrong][0].item()}, expected -1 (base only) or the id of an "
+            f"adapter in the pack: one of {held.nonzero().flatten().tolist()} (pack.id(name))"
+        )
+    return pack
 
 
 def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor) -> ModuleType:

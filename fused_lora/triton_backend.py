@@ -7,7 +7,6 @@ y takes (x, weight^T, lora_A, lora_B^T), dX takes (dY, weight, lora_B^T, lora_A)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from fused_lora.kernels.matmul_producer import producer_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.tape import INTERPRETING, Tape, play
-from fused_lora.scale import Scale, padded_rank
+from fused_lora.scale import Adapters, Scale, padded_rank
 
 __all__ = ["INTERPRETING", "backward", "choose_backend", "forward", "plan_product"]
 
@@ -49,11 +48,12 @@ def forward(
     scale: Scale,
     dropout_p: float,
     seed: Tensor | None,
+    adapters: Adapters | None,
     for_backward: bool,
 ) -> list[Tensor]:
     """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
     x = _unit_column_stride(x)
-    inputs = (x, weight, lora_A, lora_B, bias, scale.tensor, seed)
+    inputs = (x, weight, lora_A, lora_B, bias, scale.tensor, seed, *(adapters or _ONE_ADAPTER))
     options = (config.PATH, _precision(x), scale.value, dropout_p, for_backward)
     return play(_forward, inputs, options)
 
@@ -67,6 +67,10 @@ def _forward(
     bias: Tensor | None,
     scaling: Tensor | None,
     seed: Tensor | None,
+    ids: Tensor | None,
+    owner: Tensor | None,
+    scalings: Tensor | None,
+    window: Tensor | None,
     path: str,
     precision: str,
     scale: float,
@@ -81,9 +85,12 @@ def _forward(
         bits = tape.empty((M, dropout.packed_columns(K)), torch.uint8)
         mask = Mask(bits, dropout_p, seed)
     w, b = weight.t(), lora_B.t()
-    plan = _plan(x, w, lora_A, y, draw=mask)
+    pack = _pack(ids, owner, scalings, window)
+    plan = _plan(x, w, lora_A, y, pack, draw=mask)
     _adapted_product(
-        tape, plan, x, w, lora_A, b, y, S, Scale(scale, scaling), precision, bias=bias, draw=mask
+        *(tape, plan, x, w, lora_A, b, y, S, Scale(scale, scaling), pack, precision),
+        bias=bias,
+        draw=mask,
     )
     if S is None:
         return [y]
@@ -100,6 +107,7 @@ def backward(
     mask_bits: Tensor | None,
     scale: Scale,
     dropout_p: float,
+    adapters: Adapters | None,
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,
@@ -107,7 +115,11 @@ def backward(
     """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
     dy = _unit_column_stride(dy)
     x = _unit_column_stride(x) if needs_A and x is not None else None
-    inputs = (dy, x, weight, lora_A, lora_B, S if needs_B else None, mask_bits, scale.tensor)
+    S = S if needs_B else None
+    inputs = (
+        *(dy, x, weight, lora_A, lora_B, S, mask_bits, scale.tensor),
+        *(adapters or _ONE_ADAPTER),
+    )
     options = (
         config.PATH, _precision(dy), scale.value, dropout_p, needs_x, needs_A, needs_B
     )  # fmt: skip
@@ -124,6 +136,10 @@ def _backward(
     S: Tensor | None,
     mask_bits: Tensor | None,
     scaling: Tensor | None,
+    ids: Tensor | None,
+    owner: Tensor | None,
+    scalings: Tensor | None,
+    window: Tensor | None,
     path: str,
     precision: str,
     scale_value: float,
@@ -139,9 +155,10 @@ def _backward(
     scale = Scale(scale_value, scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
+    pack = _pack(ids, owner, scalings, window)
     dS = tape.empty((M, padded_rank(r))) if needs_A else None
     dx = tape.empty((M, K)) if needs_x else None
-    plan = None if dx is None else _plan(dy, weight, a, dx, masked=mask)
+    plan = None if dx is None else _plan(dy, weight, a, dx, pack, masked=mask)
     shrinks = plan.launches == 2 if plan is not None else needs_A
 
     partial = counters = None
@@ -158,11 +175,12 @@ def _backward(
     if dx is not None:
         assert plan is not None
         _adapted_product(
-            tape, plan, dy, weight, a, lora_A, dx, dS, scale, precision, masked=mask,
+            *(tape, plan, dy, weight, a, lora_A, dx, dS, scale, pack, precision),
+            masked=mask,
             counters=counters if shrinks else None,
-        )  # fmt: skip
+        )
     elif dS is not None:
-        _shrink_only(dy, a, dS, scale, counters, precision)
+        _shrink_only(dy, a, dS, scale, pack, counters, precision)
 
     dA = tape.empty(lora_A.shape, lora_A.dtype) if needs_A else None
     dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
@@ -182,9 +200,22 @@ def _backward(
             keep_scale=1.0 if mask is None else mask.keep_scale,
             partial=partial,
             counters=counters,
+            adapters=pack,
             input_precision=precision,
         )
     return [dx, dA, dB]
+
+
+_ONE_ADAPTER = (None, None, None, None)
+
+
+def _pack(
+    ids: Tensor | None, owner: Tensor | None, scalings: Tensor | None, window: Tensor | None
+) -> Adapters | None:
+    """The tables of a pack from the inputs of a tape, None if there is one adapter."""
+    if ids is None or owner is None or scalings is None or window is None:
+        return None
+    return Adapters(ids, owner, scalings, window)
 
 
 def choose_backend(x: Tensor, N: int, r: int) -> str:
@@ -226,6 +257,7 @@ def _plan(
     w: Tensor,
     a: Tensor,
     y: Tensor,
+    pack: Adapters | None,
     *,
     draw: Mask | None = None,
     masked: Mask | None = None,
@@ -250,7 +282,8 @@ def _plan(
         drawn=draw is not None,
         masked=masked is not None,
         addressable=addressable,
-        adapter_addressable=a.dtype == x.dtype and describable(adapter),
+        # (what the producer kernel asks for, which knows one adapter)
+        adapter_addressable=a.dtype == x.dtype and describable(adapter) and pack is None,
     )
 
 
@@ -264,6 +297,7 @@ def _adapted_product(
     y: Tensor,
     S: Tensor | None,
     scale: Scale,
+    pack: Adapters | None,
     precision: str,
     *,
     bias: Tensor | None = None,
@@ -274,7 +308,8 @@ def _adapted_product(
     """y = x w + mask * (S b) + bias, S = scale * D(x) a^T stored when a buffer is given.
 
     x [M, K], w [K, N], a [r, K], b [r, N], y [M, N]. `draw` drops x before a, `masked` masks the
-    adapter term; `counters` are zeroed by shrink, which the plan must have.
+    adapter term; `counters` are zeroed by shrink, which the plan must have. With a `pack`, S has
+    the scaling of each column and is zero where the column is not the token's.
     """
     M, r = x.shape[0], a.shape[0]
     transposed = w.stride(1) != 1
@@ -297,6 +332,7 @@ def _adapted_product(
             partial=tape.empty((sizes[0],), torch.float32) if split else None,
             partial_s=tape.empty((sizes[1],), torch.float32) if split else None,
             counters=tape.empty((sizes[2],), torch.int32, zeroed=True) if split else None,
+            adapters=pack,
             input_precision=precision,
         )
         return
@@ -314,6 +350,7 @@ def _adapted_product(
             scale=scale.value,
             scaling=scale.tensor,
             single=True,
+            adapters=pack,
             input_precision=precision,
         )
         return
@@ -368,15 +405,18 @@ def _adapted_product(
         packed=packed,
         counters=counters,
         trigger=pdl,
+        adapters=pack,
         input_precision=precision,
     )
-    if descriptors:
-        run: Callable[..., None] = descriptor_matmul
-        if plan.path == "gluon":  # an experimental interface of Triton: imported where it is used
-            from fused_lora.kernels.matmul_gluon import gluon_matmul
+    if plan.path == "gluon":  # an experimental interface of Triton: imported where it is used
+        from fused_lora.kernels.matmul_gluon import gluon_matmul
 
-            run = gluon_matmul
-        run(x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl)
+        gluon_matmul(x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl)
+        return
+    if descriptors:
+        descriptor_matmul(
+            x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl, adapters=pack
+        )
         return
     matmul(
         x,
@@ -388,12 +428,19 @@ def _adapted_product(
         bias=bias,
         mask=None if masked is None else masked.bits,
         keep_scale=1.0 if masked is None else masked.keep_scale,
+        adapters=pack,
         input_precision=precision,
     )
 
 
 def _shrink_only(
-    x: Tensor, a: Tensor, S: Tensor, scale: Scale, counters: Tensor | None, precision: str
+    x: Tensor,
+    a: Tensor,
+    S: Tensor,
+    scale: Scale,
+    pack: Adapters | None,
+    counters: Tensor | None,
+    precision: str,
 ) -> None:
     """S = scale * x a^T with no product behind it; zeroes the counters."""
     device = _device(x.device)
@@ -408,6 +455,7 @@ def _shrink_only(
         scale=scale.value,
         scaling=scale.tensor,
         counters=counters,
+        adapters=pack,
         input_precision=precision,
     )
 

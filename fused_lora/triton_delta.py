@@ -25,6 +25,7 @@ def add_adapter(
     scale: Scale,
     dropout_p: float,
     seed: Tensor | None,
+    adapters: None,
     for_backward: bool,
 ) -> list[Tensor]:
     """y += S B^T in place, S = scale * D(x) A^T. Returns `for_backward` [S [M, padded r]] and with
@@ -52,6 +53,7 @@ def adapter_gradients(
     mask: Tensor | None,
     scale: Scale,
     dropout_p: float,
+    adapters: None,
     needs_x: bool,
     needs_A: bool,
     needs_B: bool,

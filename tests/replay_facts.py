@@ -35,12 +35,13 @@ def cases():
     named["bias and scaling tensor"] = ("pdl", M, {"bias": True, "scaling": True})
     named["fp32"] = ("auto", M, {"fp32": True})
     named["odd address"] = ("auto", M, {"offset": 1})
+    named["several adapters"] = ("pdl", M, {"r": 32, "several": True})
     named[SHARED_STORAGE] = ("pdl", K, {"shared": True})
     return named
 
 
 def make_inputs(tokens, *, r=R, fp32=False, adapters_fp32=False, bias=False, scaling=False,
-                dropout_p=0.0, offset=0, shared=False):  # fmt: skip
+                dropout_p=0.0, offset=0, shared=False, several=False):  # fmt: skip
     import torch
 
     dtype = torch.float32 if fp32 else torch.bfloat16
@@ -56,11 +57,22 @@ def make_inputs(tokens, *, r=R, fp32=False, adapters_fp32=False, bias=False, sca
         torch.tensor(2.0) if scaling else None,
         dropout_p,
         torch.tensor(7) if dropout_p else None,
+        adapters_of(r, tokens) if several else [],
         "triton",
         True,
     ]
     dy = torch.randn(tokens, given[1].shape[0], dtype=dtype)
     return given, dy
+
+
+def adapters_of(r, tokens):
+    """Two adapters of half the rank each, taken in turn."""
+    import torch
+
+    ids = torch.arange(tokens, dtype=torch.int32) % 2
+    owner = torch.arange(r, dtype=torch.int32) // (r // 2)
+    window = torch.tensor([[0, r // 2], [r // 2, r]], dtype=torch.int32)
+    return [ids, owner, torch.full((r,), 0.5), window]
 
 
 class Pool:
@@ -81,10 +93,10 @@ def both(given, dy):
     from fused_lora import ops
 
     _, S, *mask = ops.forward(*given)
-    x, weight, a, b, _, scale, scaling, p, _, backend, _ = given
+    x, weight, a, b, _, scale, scaling, p, _, adapters, backend, _ = given
     needs = [True, False, True, True, False]
-    ops.backward(dy, x, weight, a, b, S, mask[0] if mask else None, scale, scaling, p, needs,
-                 backend)  # fmt: skip
+    kept = mask[0] if mask else None
+    ops.backward(dy, x, weight, a, b, S, kept, scale, scaling, p, adapters, needs, backend)
 
 
 def facts(stub, path, tokens, options):

@@ -59,16 +59,29 @@ def forward_arguments(M, N, K, r, backend, device, *, p=0.0, bias=True, dtype=to
     tensors = [torch.randn(s, device=device) for s in ((M, K), (N, K), (r, K), (N, r), (N,))]
     x, weight, lora_A, lora_B, vector = (t.to(dtype) for t in tensors)
     seed = torch.tensor(5, device=device) if p else None
-    return [x, weight, lora_A, lora_B, vector if bias else None, 0.5, None, p, seed, backend, True]
+    return [
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        vector if bias else None,
+        0.5,
+        None,
+        p,
+        seed,
+        [],
+        backend,
+        True,
+    ]
 
 
 def backward_arguments(needs, *args, **options):
     given = forward_arguments(*args, **options)
-    x, weight, lora_A, lora_B, _, scaling, factor, p, _, backend, _ = given
+    x, weight, lora_A, lora_B, _, scaling, factor, p, _, _, backend, _ = given
     y, S, *mask = ops.forward(*given)
     saved = (x if needs[1] or needs[2] else None, weight, lora_A, lora_B, S if needs[3] else None)
     dropped = mask[0] if mask else None
-    return [torch.randn_like(y), *saved, dropped, scaling, factor, p, list(needs), backend]
+    return [torch.randn_like(y), *saved, dropped, scaling, factor, p, [], list(needs), backend]
 
 
 # --- the operators
@@ -82,7 +95,7 @@ def test_forward_operator_passes_opcheck(backend, shape, p, device):
     torch.library.opcheck(ops.forward, given)
     given[4] = None  # without a bias
     given[6] = torch.tensor(2.0, device=device)  # with a scaling tensor
-    given[10] = False  # nothing is kept for backward
+    given[-1] = False  # nothing is kept for backward
     torch.library.opcheck(ops.forward, given)
 
 
@@ -108,7 +121,7 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_real_ones(
     shape, keep, adapter_dtype, device
 ):
     given = forward_arguments(*shape, "aten", device, p=0.25, dtype=torch.bfloat16)
-    given[2], given[3], given[10] = (
+    given[2], given[3], given[-1] = (
         *(given[2].to(adapter_dtype), given[3].to(adapter_dtype)),
         keep,
     )
@@ -116,7 +129,7 @@ def test_fake_results_have_the_shapes_dtypes_and_strides_of_real_ones(
     x, weight, lora_A, lora_B = given[:4]
     saved = [x, weight, lora_A, lora_B, *real[1:]]
     if keep:
-        options = [0.5, None, 0.25, list(NEEDS[0]), "aten"]
+        options = [0.5, None, 0.25, [], list(NEEDS[0]), "aten"]
         real = [*real, *ops.backward(torch.randn_like(real[0]), *saved, *options)]
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if torch.is_tensor(a) else a for a in given]

@@ -9,7 +9,7 @@ import torch
 from multi_cases import fused, make_batch, make_ids, specified
 from shapes import BF16, FP32, PATHS, force_path
 
-from fused_lora import multi_backend
+from fused_lora import triton_backend
 from fused_lora.kernels import decode, matmul, matmul_descriptor, rank_grad, shrink
 from fused_lora.testing import check
 
@@ -82,7 +82,7 @@ def plant(monkeypatch, folder, module, old, new):
     edited = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(edited)
     launcher = LAUNCHERS[module]
-    monkeypatch.setattr(multi_backend, launcher, getattr(edited, launcher))
+    monkeypatch.setattr(triton_backend, launcher, getattr(edited, launcher))
 
 
 @cache

@@ -8,7 +8,7 @@ from shapes import BF16, FP32
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_lora import MultiLoRALinear, multi_lora_linear, multi_ops, reference, use_adapters
+from fused_lora import MultiLoRALinear, multi_lora_linear, ops, reference, use_adapters
 
 N, K = 24, 40
 
@@ -126,12 +126,12 @@ def test_the_operators_pass_opcheck(backend, device):
     pack, seed = make_pack(batch), torch.tensor(1, device=device)
     tensors = [t.detach() for t in (batch.x, batch.weight, pack.lora_A, pack.lora_B)]
     tables = pack.for_tokens(batch.ids)
-    arguments = (*tensors, batch.bias, *tables, 0.25, seed, backend, True)
+    arguments = (*tensors, batch.bias, 1.0, None, 0.25, seed, tables, backend, True)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(multi_ops.forward, arguments, test_utils=tests)
-    _, S, mask = multi_ops.forward(*arguments)
-    back = (batch.dy, *tensors, *tables, S, mask, 0.25, [True] * 5, backend)
-    torch.library.opcheck(multi_ops.backward, back, test_utils=tests)
+    torch.library.opcheck(ops.forward, arguments, test_utils=tests)
+    _, S, mask = ops.forward(*arguments)
+    back = (batch.dy, *tensors, S, mask, 1.0, None, 0.25, tables, [True] * 5, backend)
+    torch.library.opcheck(ops.backward, back, test_utils=tests)
 
 
 def test_compiled_code_takes_other_ids_and_hot_swaps_without_compiling_again():

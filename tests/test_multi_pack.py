@@ -8,7 +8,7 @@ import torch
 from multi_cases import make_batch, make_pack
 from shapes import BF16, FP32
 
-from fused_lora import AdapterPack, lora_linear, multi_lora_linear, multi_ops
+from fused_lora import AdapterPack, lora_linear, multi_lora_linear, ops
 
 N, K = 24, 40
 
@@ -133,7 +133,7 @@ def test_names_and_room_are_checked():
 
 @pytest.mark.parametrize("backend", ("triton", "aten"))
 def test_ids_that_no_adapter_has_raise(backend, device, monkeypatch):
-    monkeypatch.setattr(multi_ops, "CHECK_IDS", True)  # what a CPU does anyway
+    monkeypatch.setattr(ops, "CHECK_IDS", True)  # what a CPU does anyway
     batch = make_batch(5, N, K, (8, 16), FP32, torch.zeros(5, dtype=torch.int32), device)
     pack = make_pack(batch)
     pack.remove("0")
