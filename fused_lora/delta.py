@@ -7,19 +7,15 @@ with the same dropout mask for the same seed; one library product then reads and
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fused_lora import aten_backend, dropout, ops
+from fused_lora import dropout, ops
 from fused_lora.functional import BACKENDS
 from fused_lora.scale import Scale, padded_rank
-
-if ops.triton_backend is not None:
-    from fused_lora import triton_delta
 
 
 def lora_delta(
@@ -187,8 +183,10 @@ def _delta_(
 ) -> tuple[Tensor, Tensor]:
     """Adds to `out` [..., N]; returns (S [M, padded r], packed mask), empty unless needed."""
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    N, r = lora_B.shape
+    backend_module = ops.backend_of(backend, x, N, r, lora_B)
     with ops._as_given(x):
-        kept = _backend(backend, x, lora_A, lora_B).add_adapter(
+        kept = backend_module.add_adapter(
             *(rows, x, lora_A, lora_B, Scale(scaling, scaling_tensor), dropout_p, seed),
             *(None, for_backward),
         )
@@ -234,8 +232,10 @@ def _delta_backward(
     backend: str,
 ) -> list[Tensor]:
     """Of [dx, dlora_A, dlora_B] those that `needs` asks for, in this order."""
+    r, K = lora_A.shape
+    backend_module = ops.backend_of(backend, dy, K, r, lora_A)
     with ops._as_given(dy):
-        grads = _backend(backend, dy, lora_A, lora_B).adapter_gradients(
+        grads = backend_module.adapter_gradients(
             *(dy, x, lora_A, lora_B, S, mask, Scale(scaling, scaling_tensor), dropout_p),
             *(None, *needs),
         )
@@ -261,14 +261,6 @@ for _key in ("CPU", "CUDA"):
 torch.library.register_fake("fused_lora::delta", _delta_fake, lib=_library)
 torch.library.register_fake("fused_lora::delta_", _delta_in_place_fake, lib=_library)
 torch.library.register_fake("fused_lora::delta_backward", _delta_backward_fake, lib=_library)
-
-
-def _backend(backend: str, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> ModuleType:
-    """The module that computes this call. Empty products have nothing to launch: aten."""
-    chosen = ops.resolve(backend, x, lora_B.shape[0], lora_A.shape[0])
-    if chosen == "triton" and x.numel() > 0 and lora_A.numel() > 0 and lora_B.numel() > 0:
-        return triton_delta
-    return aten_backend
 
 
 def _check(

@@ -107,7 +107,7 @@ def _forward(
     """[y [M, N]]; `for_backward` also S [M, padded r]; with dropout then also the packed mask
     [M, ceil(K / 8)]. adapters: none, or the tensors of `scale.Adapters` where lora_A and lora_B
     pack several."""
-    backend_module = _backend(backend, x, weight.shape[0], weight, lora_A)
+    backend_module = backend_of(backend, x, weight.shape[0], lora_A.shape[0], weight)
     scale = Scale(scaling, scaling_tensor)
     pack = _checked(adapters)
     with _as_given(x):
@@ -156,7 +156,7 @@ def _backward(
 ) -> list[Tensor]:
     """Of [dx, dweight, dlora_A, dlora_B, dbias] those that `needs` asks for, in this order."""
     needs_x, needs_weight, needs_A, needs_B, needs_bias = needs
-    backend_module = _backend(backend, dy, weight.shape[1], weight, lora_A)
+    backend_module = backend_of(backend, dy, weight.shape[1], lora_A.shape[0], weight)
     scale = Scale(scaling, scaling_tensor)
     pack = Adapters(*adapters) if adapters else None
     with _as_given(dy):
@@ -238,9 +238,9 @@ def _checked(adapters: list[Tensor]) -> Adapters | None:
     return pack
 
 
-def _backend(backend: str, x: Tensor, N: int, weight: Tensor, lora_A: Tensor) -> ModuleType:
-    """The module that computes this call. Empty products have nothing to launch: aten."""
-    chosen = resolve(backend, x, N, lora_A.shape[0])
-    if chosen == "triton" and x.numel() > 0 and weight.numel() > 0:
+def backend_of(backend: str, x: Tensor, N: int, r: int, factor: Tensor) -> ModuleType:
+    """The module that computes a product of x and this factor. Empty ones have nothing to launch:
+    aten."""
+    if resolve(backend, x, N, r) == "triton" and x.numel() > 0 and factor.numel() > 0:
         return triton_backend
     return aten_backend

@@ -24,7 +24,15 @@ from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.tape import INTERPRETING, Tape, play
 from fused_lora.scale import Adapters, Scale, padded_rank
 
-__all__ = ["INTERPRETING", "backward", "choose_backend", "forward", "plan_product"]
+__all__ = [
+    "INTERPRETING",
+    "adapter_gradients",
+    "add_adapter",
+    "backward",
+    "choose_backend",
+    "forward",
+    "plan_product",
+]
 
 
 class Mask(NamedTuple):
@@ -100,7 +108,7 @@ def _forward(
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     S: Tensor | None,
@@ -112,7 +120,8 @@ def backward(
     needs_A: bool,
     needs_B: bool,
 ) -> list[Tensor | None]:
-    """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed."""
+    """[dX [M, K], dA [r, K], dB [N, r]], None for those that are not needed. Without a weight dX is
+    that of the adapter term alone."""
     dy = _unit_column_stride(dy)
     x = _unit_column_stride(x) if needs_A and x is not None else None
     S = S if needs_B else None
@@ -130,7 +139,7 @@ def _backward(
     tape: Tape,
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     S: Tensor | None,
@@ -149,17 +158,19 @@ def _backward(
     needs_B: bool,
 ) -> list[Tensor | None]:
     M = dy.shape[0]
-    N, K = weight.shape
-    r = lora_A.shape[0]
+    N, (r, K) = lora_B.shape[0], lora_A.shape
     device = _device(dy.device)
     scale = Scale(scale_value, scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
     pack = _pack(ids, owner, scalings, window)
-    dS = tape.empty((M, padded_rank(r))) if needs_A else None
+    apart = weight is None and needs_x
+    dS = tape.empty((M, padded_rank(r))) if needs_A or apart else None
     dx = tape.empty((M, K)) if needs_x else None
-    plan = None if dx is None else _plan(dy, weight, a, dx, pack, masked=mask)
-    shrinks = plan.launches == 2 if plan is not None else needs_A
+    plan = None
+    if dx is not None and weight is not None:
+        plan = _plan(dy, weight, a, dx, pack, masked=mask)
+    shrinks = plan.launches == 2 if plan is not None else dS is not None
 
     partial = counters = None
     if needs_A or needs_B:
@@ -172,15 +183,29 @@ def _backward(
             slots = (sum(counts[:2]) * counts[2],)
             counters = tape.empty(slots, torch.int32, zeroed=not shrinks)
 
-    if dx is not None:
-        assert plan is not None
+    if plan is not None:
+        assert weight is not None and dx is not None
         _adapted_product(
             *(tape, plan, dy, weight, a, lora_A, dx, dS, scale, pack, precision),
             masked=mask,
             counters=counters if shrinks else None,
         )
     elif dS is not None:
-        _shrink_only(dy, a, dS, scale, pack, counters, precision)
+        _shrink_only(dy, a, dS, scale, pack, precision, counters=counters)
+    if apart:
+        assert dx is not None
+        matmul(  # a main product without terms
+            dy[:, :0],
+            dx[:0],
+            dx,
+            config.select("matmul", device, _bits(dy), M, K, N, r),
+            b=lora_A,
+            S=dS,
+            mask=None if mask is None else mask.bits,
+            keep_scale=1.0 if mask is None else mask.keep_scale,
+            adapters=pack,
+            input_precision=precision,
+        )
 
     dA = tape.empty(lora_A.shape, lora_A.dtype) if needs_A else None
     dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
@@ -191,7 +216,7 @@ def _backward(
             M,
             r,
             x=x,
-            dS=dS,
+            dS=dS if needs_A else None,
             dA=dA,
             dY=dy if needs_B else None,
             S=S,
@@ -204,6 +229,72 @@ def _backward(
             input_precision=precision,
         )
     return [dx, dA, dB]
+
+
+def add_adapter(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Scale,
+    dropout_p: float,
+    seed: Tensor | None,
+    adapters: Adapters | None,
+    for_backward: bool,
+) -> list[Tensor]:
+    """y += S B^T in place, S = scale * D(x) A^T: the product by the library, which reads and writes
+    y once. Returns what `forward` returns beside y."""
+    x = _unit_column_stride(x)
+    inputs = (x, lora_A, scale.tensor, seed, *(adapters or _ONE_ADAPTER))
+    kept = play(_term, inputs, (_precision(x), scale.value, dropout_p))
+    y.addmm_(kept[0][:, : lora_A.shape[0]], lora_B.to(y.dtype).t())
+    return kept if for_backward else []
+
+
+def _term(
+    tape: Tape,
+    x: Tensor,
+    lora_A: Tensor,
+    scaling: Tensor | None,
+    seed: Tensor | None,
+    ids: Tensor | None,
+    owner: Tensor | None,
+    scalings: Tensor | None,
+    window: Tensor | None,
+    precision: str,
+    scale: float,
+    dropout_p: float,
+) -> list[Tensor]:
+    """[S [M, padded r]] and with dropout the packed mask."""
+    M, K = x.shape
+    S = tape.empty((M, padded_rank(lora_A.shape[0])))
+    pack, mask = _pack(ids, owner, scalings, window), None
+    if dropout_p > 0.0:
+        bits = tape.empty((M, dropout.packed_columns(K)), torch.uint8)
+        mask = Mask(bits, dropout_p, seed)
+    _shrink_only(x, lora_A, S, Scale(scale, scaling), pack, precision, draw=mask)
+    return [S] if mask is None else [S, mask.bits]
+
+
+def adapter_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    mask_bits: Tensor | None,
+    scale: Scale,
+    dropout_p: float,
+    adapters: Adapters | None,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+) -> list[Tensor | None]:
+    """[dX, dA, dB] of the adapter term alone, None for those that are not needed."""
+    return backward(
+        *(dy, x, None, lora_A, lora_B, S, mask_bits, scale, dropout_p, adapters),
+        *(needs_x, needs_A, needs_B),
+    )
 
 
 _ONE_ADAPTER = (None, None, None, None)
@@ -390,23 +481,13 @@ def _adapted_product(
             packed = tape.empty((stored.shape[0], padded_rank(stored.shape[1])))
             stored = packed
         b = _stored(stored, transposed)
-    shrink(
-        x,
-        a,
-        S,
-        plan.shrink,
-        plan.shrink_programs,
-        scale=scale.value * (1.0 if draw is None else draw.keep_scale),
-        scaling=scale.tensor,
-        seed=None if draw is None else draw.seed,
-        threshold=0 if draw is None else dropout.threshold(draw.p),
-        mask=None if draw is None else draw.bits,
+    _shrink(
+        *(x, a, S, plan.shrink, plan.shrink_programs, scale, pack, precision),
+        draw=draw,
+        counters=counters,
         source=source,
         packed=packed,
-        counters=counters,
         trigger=pdl,
-        adapters=pack,
-        input_precision=precision,
     )
     if plan.path == "gluon":  # an experimental interface of Triton: imported where it is used
         from fused_lora.kernels.matmul_gluon import gluon_matmul
@@ -439,22 +520,50 @@ def _shrink_only(
     S: Tensor,
     scale: Scale,
     pack: Adapters | None,
-    counters: Tensor | None,
     precision: str,
+    *,
+    draw: Mask | None = None,
+    counters: Tensor | None = None,
 ) -> None:
-    """S = scale * x a^T with no product behind it; zeroes the counters."""
+    """S = scale * D(x) a^T with no product behind it; zeroes the counters."""
     device = _device(x.device)
     M, K = x.shape
     tiles = config.select("shrink", device, _bits(x), M, K, K, a.shape[0])
+    programs = min(device.sm_count, -(-M // tiles.BLOCK_M))
+    _shrink(x, a, S, tiles, programs, scale, pack, precision, draw=draw, counters=counters)
+
+
+def _shrink(
+    x: Tensor,
+    a: Tensor,
+    S: Tensor,
+    tiles: config.Shrink,
+    programs: int,
+    scale: Scale,
+    pack: Adapters | None,
+    precision: str,
+    *,
+    draw: Mask | None,
+    counters: Tensor | None,
+    source: Tensor | None = None,
+    packed: Tensor | None = None,
+    trigger: bool = False,
+) -> None:
     shrink(
         x,
         a,
         S,
         tiles,
-        min(device.sm_count, -(-M // tiles.BLOCK_M)),
-        scale=scale.value,
+        programs,
+        scale=scale.value * (1.0 if draw is None else draw.keep_scale),
         scaling=scale.tensor,
+        seed=None if draw is None else draw.seed,
+        threshold=0 if draw is None else dropout.threshold(draw.p),
+        mask=None if draw is None else draw.bits,
+        source=source,
+        packed=packed,
         counters=counters,
+        trigger=trigger,
         adapters=pack,
         input_precision=precision,
     )

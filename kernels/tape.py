@@ -132,7 +132,8 @@ class Launch:
         self.compiled, self.grid, self.arguments = compiled, grid, arguments
         bases = [getattr(a, "base", a) for a in arguments]
         tensors = {id(t): t for t in bases if isinstance(t, torch.Tensor)}
-        self.complete = all(t.data_ptr() in slots for t in tensors.values())
+        # an empty tensor has no address
+        self.complete = all(t.data_ptr() in slots for t in tensors.values() if t.numel())
         if not self.complete:
             return
         self.descriptors = [
@@ -140,18 +141,15 @@ class Launch:
         ]
         self.run = c_launcher(compiled)
         self.before, self.rest, self.template = self._expanded(arguments)
-        self.pointers = [
-            (i, slots[a.data_ptr()])
-            for i, a in enumerate(self.template)
-            if isinstance(a, torch.Tensor)
-        ]
+        given = [(i, a) for i, a in enumerate(self.template) if isinstance(a, torch.Tensor)]
+        self.pointers = [(i, slots[a.data_ptr()]) for i, a in given if a.numel()]
         # a descriptor becomes its tensor map, its shape and its strides: 5 arguments of a matrix
         start = len(self.template) - len(arguments) - 4 * len(self.descriptors)
         self.maps = [
             (start + i + 4 * before, slot, {}) for before, (i, slot) in enumerate(self.descriptors)
         ]
         assert all("map" in type(self.template[i]).__name__.lower() for i, _, _ in self.maps)
-        for i, _ in self.pointers:
+        for i, _ in given:
             self.template[i] = 0
         self.arguments = [
             None if isinstance(a, torch.Tensor) else _Open(a) if hasattr(a, "base") else a

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 LAUNCHES, WORDS = 16, 64
 M, N, K, R = 256, 512, 384, 16
-SHARED_STORAGE = "two inputs share an address"
+SEVERAL, SHARED_STORAGE = "several adapters", "two inputs share an address"
+TWO_TAPES = (SEVERAL, SHARED_STORAGE)
 
 
 class Launch(ctypes.Structure):
@@ -35,7 +36,7 @@ def cases():
     named["bias and scaling tensor"] = ("pdl", M, {"bias": True, "scaling": True})
     named["fp32"] = ("auto", M, {"fp32": True})
     named["odd address"] = ("auto", M, {"offset": 1})
-    named["several adapters"] = ("pdl", M, {"r": 32, "several": True})
+    named[SEVERAL] = ("pdl", M, {"r": 32, "several": True})
     named[SHARED_STORAGE] = ("pdl", K, {"shared": True})
     return named
 
@@ -89,14 +90,18 @@ class Pool:
 
 
 def both(given, dy):
-    """One forward and one backward of the operators."""
-    from fused_lora import ops
+    """One forward and one backward of the operators, and of those of the adapter term alone."""
+    from fused_lora import delta, ops
 
     _, S, *mask = ops.forward(*given)
     x, weight, a, b, _, scale, scaling, p, _, adapters, backend, _ = given
     needs = [True, False, True, True, False]
     kept = mask[0] if mask else None
     ops.backward(dy, x, weight, a, b, S, kept, scale, scaling, p, adapters, needs, backend)
+    if not adapters:
+        term = (x, a, b, scale, scaling, p, given[8], backend, True)
+        S, *_ = delta.delta_(dy.clone(), *term)
+        delta.delta_backward(dy, x, a, b, S, kept, scale, scaling, p, [True] * 3, backend)
 
 
 def facts(stub, path, tokens, options):
