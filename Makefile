@@ -14,7 +14,7 @@ READY := $(VENV)/ready
 endif
 OLD := .triton-$(OLDEST_TRITON)
 
-.PHONY: latency test test-gpu test-slow lint format clean
+.PHONY: latency test test-gpu soak lint format clean
 
 latency: $(READY)
 	$(PY) benchmarks/latency.py --quick
@@ -25,6 +25,9 @@ test: lint $(READY) $(OLD)/ready
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or kernels"
+
+soak: $(READY)
+	$(PY) -m pytest tests/test_soak.py -m "slow or not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .
