@@ -230,13 +230,15 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     else:
         layer, model = (1024, 512, 0), (256, 256, 2)
         dtypes = ("float32", "bfloat16")
+    dropouts = (0.0, 0.05)
     if quick:
         layer, model = (64, 64, 0), (16, 64, 1)
+        dtypes, dropouts = ("bfloat16",), (0.05,)
     return [
         Case(*sizes, r=16, dtype=dtype, dropout=dropout)
         for sizes in (layer, model)
         for dtype in dtypes
-        for dropout in (0.0, 0.05)
+        for dropout in dropouts
     ]
 
 
