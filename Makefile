@@ -16,7 +16,7 @@ endif
 OLD := .triton-$(OLDEST_TRITON)
 OLD_PEFT := .peft-$(OLDEST_PEFT)
 
-.PHONY: latency test test-gpu test-slow lint format clean
+.PHONY: latency test test-gpu soak lint format clean
 
 latency: $(READY)
 	$(PY) benchmarks/latency.py --quick
@@ -28,6 +28,9 @@ test: lint $(READY) $(OLD)/ready $(OLD_PEFT)/ready
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or kernels"
+
+soak: $(READY)
+	$(PY) -m pytest tests/test_soak.py -m "slow or not slow"
 
 lint: $(READY)
 	$(PY) -m ruff check .

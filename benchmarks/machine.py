@@ -32,10 +32,10 @@ def device_name(device: torch.device) -> str:
     return model.group(1) if model else platform.machine()
 
 
-def file_stem(device: torch.device, date: str) -> str:
+def file_stem(device: torch.device, date: str, what: str = "latency") -> str:
     """`latency-cpu-2026-01-31`, `latency-nvidia-h100-80gb-hbm3-2026-01-31`."""
     label = device_name(device) if device.type == "cuda" else "cpu"
-    return f"latency-{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}-{date}"
+    return f"{what}-{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')}-{date}"
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -102,7 +102,7 @@ def losses(rows: list[Row]) -> list[tuple[Row, Row]]:
     return lost
 
 
-def save(path: Path, meta: dict[str, Any], rows: list[Row]) -> None:
+def save(path: Path, meta: dict[str, Any], rows: list[Any]) -> None:
     """Write the file so that a reader, or an interruption, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
