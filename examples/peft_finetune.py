@@ -31,10 +31,10 @@ from fused_lora.integrations import peft as fused_peft
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "e2e"
 MAX_TOKENS = 128
-# The largest |patched loss - unpatched loss| allowed. The layers round differently, and AdamW
-# carries that from step to step.
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-LOGITS_TOLERANCE = {"float32": 1e-2, "bfloat16": 1.0}
+# The largest |patched loss - unpatched loss| allowed. The layers round differently (in bfloat16
+# PEFT computes its fp32 adapters in fp32), and AdamW carries that from step to step.
+LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
+LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # merging rounds to the base's dtype
 UNPATCHED, PATCHED = "PEFT", "PEFT, patched"
 
 Encoded = list[tuple[list[int], int]]  # token ids of every example, and how many are its source

@@ -231,8 +231,12 @@ FEATURES = [
     ),
     Feature("lora_A wrapped, as by FSDP1", {"target_modules": ["first"]}, change=wrap_lora_A),
     Feature("DeepSpeed ZeRO-3 (its mark on a weight)", {"target_modules": ["first"]}, change=zero3),
-    Feature("tensor parallel plan of transformers", {"target_modules": ["first"]}, tensor_parallel),
-    Feature("DTensor weights (tensor parallel, FSDP2 by leaf)", run=distributed),
+    Feature(
+        "transformers' tensor parallel (its mark on a base)",
+        {"target_modules": ["first"]},
+        tensor_parallel,
+    ),
+    Feature("DTensor weights", run=distributed),
     Feature("torch.export", run=exported),
     Feature(
         "adapter on nn.Embedding",
@@ -304,6 +308,12 @@ Written by `python tests/peft_table.py`, which sets every feature up and runs it
 
 Paths are chosen anew at every call; `fused_lora.integrations.peft.explain(model)` prints them for
 your model as it stands, `call_counts(model)` says how many calls took each.
+
+Adapter files and state dicts are PEFT's own. A whole model that is pickled while patched needs
+fused-lora where it is loaded; `unpatch(model)` first if it is not there. The other adapters of a
+layer, and those added later, are covered. Under FSDP2 layers are fused where blocks are the sharded
+units, and run in PEFT's code where single projections are. The dropout mask is drawn from torch's generator, but is
+not the one that `nn.Dropout` would draw from the same seed.
 
 | feature | path | why |
 |---|---|---|"""

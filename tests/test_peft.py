@@ -18,7 +18,7 @@ pytest.importorskip("peft", reason="needs the extra `peft`")
 
 import peft
 from peft.tuners.lora import layer as lora
-from peft_models import FIRST, SEED, Tiny, adapted, lora_layer, peft_copy, results
+from peft_models import FIRST, SECOND, SEED, Tiny, adapted, lora_layer, peft_copy, results
 
 from fused_lora.integrations import peft as fused
 
@@ -251,13 +251,24 @@ def test_checkpointing_recomputes_the_same_mask(backend, reentrant, device, monk
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_a_compiled_model_has_no_graph_break():
-    model = adapted(lora_dropout=0.5).eval()
-    x = torch.randn(5, FIRST[0])
-    expected = model(x)
+@pytest.mark.parametrize("path", ["full", "delta"])
+def test_a_compiled_model_has_no_graph_break(path):
+    class Special(nn.Linear):
+        pass
+
+    tiny = Tiny()
+    if path == "delta":
+        tiny.first, tiny.second = Special(*FIRST), Special(*SECOND)
+    model = adapted(tiny)
+    x = torch.randn(5, FIRST[0], requires_grad=True)
+    outcomes = [(y := model(x)), torch.autograd.grad(y.square().sum(), x)[0]]
     fused.patch(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, **CLOSE)
+    assert f": {path} (" in fused.explain(model)
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    for ours, expected in zip(
+        (y, torch.autograd.grad(y.square().sum(), x)[0]), outcomes, strict=True
+    ):
+        torch.testing.assert_close(ours, expected, **CLOSE)
 
 
 @pytest.mark.parametrize("function", [fused.patch, fused.unpatch, fused.explain, fused.call_counts])

@@ -146,6 +146,33 @@ def test_hooks_on_every_module_send_calls_to_peft():
     assert fused.call_counts(model) == {"full": 0, "delta": 0, "peft": 2}
 
 
+@pytest.mark.parametrize(("unit", "path"), [("block", "full"), ("leaf", "peft")])
+def test_fsdp2_by_block_is_fused_and_by_leaf_left_to_peft(unit, path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        x, grads = torch.randn(5, FIRST[0]), []
+        for patched in (False, True):
+            model = adapted()
+            if patched:
+                fused.patch(model)
+            if unit == "leaf":
+                layer = lora_layer(model)
+                for part in (layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]):
+                    fully_shard(part, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            model(x).square().sum().backward()
+            grads.append([p.grad.full_tensor() for p in model.parameters() if p.requires_grad])
+        for expected, ours in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, expected, **CLOSE)
+    finally:
+        dist.destroy_process_group()
+    assert [taken for taken, _ in lora_layer(model)._fused_lora.calls] == [path]
+
+
 def test_the_report_says_what_was_fused_and_what_was_not():
     tiny = Tiny()
     tiny.embedding, tiny.replaced = nn.Embedding(5, 4), nn.Linear(4, 4)

@@ -178,6 +178,18 @@ def test_a_run_that_was_all_fallback_is_named(tmp_path, capsys):
         trainer.train()
 
 
+def test_the_callback_reports_once_however_often_training_begins(capsys):
+    callback, model = FusedLoRACallback(backend="aten", compute_dtype="peft"), llama(**LORA)
+    state = transformers.TrainerState(is_world_process_zero=True)
+    for _ in range(2):
+        callback.on_train_begin(None, state, None, model=model)
+    assert capsys.readouterr().out == f"{callback.report}\n"
+    assert len(callback.report.fused) == LAYERS
+    layers = [module for module in model.modules() if type(module) is fused.FusedLinear]
+    assert {layer._fused_lora.backend for layer in layers} == {"aten"}
+    assert {layer._fused_lora.compute_dtype for layer in layers} == {"peft"}
+
+
 def test_the_callback_refuses_what_it_cannot_patch(tmp_path):
     arguments = transformers.TrainingArguments(**options(tmp_path))
     trainer = transformers.Trainer(
