@@ -26,8 +26,22 @@ def forward(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(y [M, N], S [M, padded r], packed mask or None)."""
-    r = lora_A.shape[0]
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    S, mask = add_adapter(y, x, lora_A, lora_B, scale, dropout_p, seed)
+    return y, S, mask
+
+
+def add_adapter(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scale: Scale,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """y += S B^T in place, S = scale * D(x) A^T. Returns (S [M, padded r], packed mask or None)."""
+    r = lora_A.shape[0]
     mask, dropped, keep_scale = None, x, 1.0
     if dropout_p > 0.0:
         assert seed is not None
@@ -37,7 +51,7 @@ def forward(
     S = allocate((x.shape[0], padded_rank(r)))
     _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, S[:, :r])
     y.addmm_(S[:, :r], lora_B.to(x.dtype).t())
-    return y, S, mask
+    return S, mask
 
 
 def backward(
@@ -55,19 +69,41 @@ def backward(
     needs_B: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dX [M, K], dA [r, K], dB [N, r]), None for those that are not needed."""
+    dx = dy @ weight.to(dy.dtype) if needs_x else None
+    return adapter_gradients(
+        dy, x, lora_A, lora_B, S, mask_bits, scale, dropout_p, needs_x, needs_A, needs_B, dx
+    )
+
+
+def adapter_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    mask_bits: Tensor | None,
+    scale: Scale,
+    dropout_p: float,
+    needs_x: bool,
+    needs_A: bool,
+    needs_B: bool,
+    dx: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dX, dA, dB) of the adapter term alone; its dX is added to `dx` in place where one is given.
+    None for those that are not needed."""
     r, K = lora_A.shape
     keep_scale = 1.0 / (1.0 - dropout_p)
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
-    dx = dA = dB = None
+    dA = dB = None
     if needs_x or needs_A:
         dS = dy.new_empty((dy.shape[0], r))
         _scaled_product(dy, lora_B.to(dy.dtype), scale, 1.0, dS)
-    if needs_x:
-        dx = dy @ weight.to(dy.dtype)
-        if keep is None:
-            dx.addmm_(dS, lora_A.to(dy.dtype))
-        else:
-            dx += (dS @ lora_A.to(dy.dtype)) * keep * keep_scale
+    if needs_x and keep is None and dx is not None:
+        dx.addmm_(dS, lora_A.to(dy.dtype))
+    elif needs_x:
+        term = dS @ lora_A.to(dy.dtype)
+        term = term if keep is None else term * keep * keep_scale
+        dx = term if dx is None else dx.add_(term)
     if needs_A:
         assert x is not None
         dA = dS.t() @ (x if keep is None else x * keep)

@@ -1,0 +1,328 @@
+"""`lora_delta`: adds the adapter term to the output of a base layer that computes itself (because
+it is quantised, hooked or of another class), without a temporary of the output's size.
+
+out = base_output + scaling * (D(x) A^T) B^T. S = scaling * D(x) A^T is formed as in `lora_linear`,
+with the same dropout mask for the same seed; one library product then reads and writes the output.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_lora import aten_backend, dropout, ops
+from fused_lora.functional import BACKENDS
+from fused_lora.scale import Scale, padded_rank
+
+if ops.triton_backend is not None:
+    from fused_lora import triton_delta
+
+
+def lora_delta(
+    base_output: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+    in_place: bool = False,
+) -> Tensor:
+    """`base_output + scaling * (D(x) A^T) B^T`, computed in base_output's dtype.
+
+    Args:
+        base_output: [..., N], what the base layer returned for x; fp32, fp16, bf16, fp64 (aten).
+        x: [..., K], of the same leading dimensions; any floating dtype, cast to base_output's.
+        lora_A: [r, K]; lora_B: [N, r]. Any floating dtype; gradients come back in it.
+        scaling, dropout_p, seed, backend: as in `fused_lora.lora_linear`.
+        in_place: write into base_output and return it. Only for an output that nobody else holds:
+            not a view, not a leaf that requires grad, not saved by the base's own backward (torch
+            raises in backward if it was).
+
+    Returns:
+        [..., N] in base_output's dtype: base_output itself if `in_place`.
+
+    Raises:
+        TypeError: a tensor is not floating, or is a DTensor.
+        ValueError: shapes or devices do not fit, an option is out of range, in_place is asked for
+            on a view or on a leaf that requires grad.
+        RuntimeError: backend="triton" cannot run here; the message says why.
+    """
+    _check(base_output, x, lora_A, lora_B, scaling, dropout_p, backend)
+    if in_place:
+        _check_writable(base_output)
+    if backend == "triton" and not torch.compiler.is_compiling():
+        ops.require_triton(base_output)
+    factor, scaling_tensor = 1.0, None
+    if isinstance(scaling, Tensor):
+        scaling_tensor = scaling.to(x.device, torch.float32)
+    else:
+        factor = float(scaling)
+    if dropout_p == 0.0:
+        seed = None
+    elif seed is None:
+        seed = dropout.draw_seed(x.device)
+
+    N, K = lora_B.shape[0], lora_A.shape[1]
+    rows = x.to(base_output.dtype).reshape(-1, K)  # [M, K]
+    options = (factor, scaling_tensor, dropout_p, seed, backend)
+    out = _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place)
+    assert out.shape[-1] == N
+    return out
+
+
+class _LoRADelta(torch.autograd.Function):
+    """out = base_output + S B^T with S = scaling * D(x) A^T, rows x [M, K].
+
+    Saved for backward: x (only for dA), A and B as they are, S [M, r] and, with dropout, one bit
+    per element of x; never base_output. Its gradient is out's own. Differentiable once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base_output: Tensor,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        scaling_tensor: Tensor | None,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+        in_place: bool,
+    ) -> Tensor:
+        needs_A, needs_B = ctx.needs_input_grad[2:4]
+        for_backward = any(ctx.needs_input_grad[1:4])
+        options = (scaling, scaling_tensor, dropout_p, seed, backend, for_backward)
+        if in_place:
+            S, mask = delta_(base_output, x, lora_A, lora_B, *options)
+            ctx.mark_dirty(base_output)
+            out = base_output
+        else:
+            out, S, mask = delta(base_output, x, lora_A, lora_B, *options)
+        ctx.save_for_backward(
+            x if needs_A else None,
+            lora_A,
+            lora_B,
+            S if needs_B else None,
+            mask if dropout_p > 0.0 else None,
+            scaling_tensor,
+        )
+        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, lora_A, lora_B, S, mask, scaling_tensor = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[1:4])
+        grads: list[Tensor | None] = [None, None, None]
+        if any(needs):
+            computed = iter(
+                delta_backward(
+                    dy.reshape(-1, dy.shape[-1]),
+                    x,
+                    lora_A,
+                    lora_B,
+                    S,
+                    mask,
+                    ctx.scaling,
+                    scaling_tensor,
+                    ctx.dropout_p,
+                    needs,
+                    ctx.backend,
+                )
+            )
+            grads = [next(computed) if needed else None for needed in needs]
+        return dy, *grads, None, None, None, None, None, None
+
+
+_library = torch.library.Library("fused_lora", "FRAGMENT")
+_TERM = (
+    "Tensor x, Tensor lora_A, Tensor lora_B, float scaling, Tensor? scaling_tensor, "
+    "float dropout_p, Tensor? seed, str backend, bool for_backward"
+)
+_library.define(
+    f"delta(Tensor base_output, {_TERM}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"delta_(Tensor(a!) base_output, {_TERM}) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "delta_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor? S, Tensor? mask, "
+    "float scaling, Tensor? scaling_tensor, float dropout_p, bool[3] needs, str backend) "
+    "-> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+delta = torch.ops.fused_lora.delta.default
+delta_ = torch.ops.fused_lora.delta_.default
+delta_backward = torch.ops.fused_lora.delta_backward.default
+
+
+def _delta(base_output: Tensor, x: Tensor, *term: Any) -> tuple[Tensor, Tensor, Tensor]:
+    out = base_output.clone(memory_format=torch.contiguous_format)
+    return out, *_delta_(out, x, *term)
+
+
+def _delta_(
+    out: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor]:
+    """Adds to `out` [..., N]; returns (S [M, padded r], packed mask), empty unless needed."""
+    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    with ops._as_given(x):
+        S, mask = _backend(backend, x, lora_A, lora_B).add_adapter(
+            rows, x, lora_A, lora_B, Scale(scaling, scaling_tensor), dropout_p, seed
+        )
+    if not for_backward:
+        S = x.new_empty((0, 0))
+    if not for_backward or mask is None:
+        mask = x.new_empty((0, 0), dtype=torch.uint8)
+    return S, mask
+
+
+def _delta_fake(base_output, x, *term):
+    out = base_output.new_empty(base_output.shape)
+    return out, *_delta_in_place_fake(base_output, x, *term)
+
+
+def _delta_in_place_fake(
+    base_output,
+    x,
+    lora_A,
+    lora_B,
+    scaling,
+    scaling_tensor,
+    dropout_p,
+    seed,
+    backend,
+    for_backward,
+):
+    M, K = x.shape
+    S_shape = (M, padded_rank(lora_A.shape[0])) if for_backward else (0, 0)
+    masked = for_backward and dropout_p > 0.0
+    mask_shape = (M, dropout.packed_columns(K)) if masked else (0, 0)
+    return x.new_empty(S_shape), x.new_empty(mask_shape, dtype=torch.uint8)
+
+
+def _delta_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    S: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    needs: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """Of [dx, dlora_A, dlora_B] those that `needs` asks for, in this order."""
+    with ops._as_given(dy):
+        grads = _backend(backend, dy, lora_A, lora_B).adapter_gradients(
+            dy, x, lora_A, lora_B, S, mask, Scale(scaling, scaling_tensor), dropout_p, *needs
+        )
+    return [grad for grad in grads if grad is not None]
+
+
+def _delta_backward_fake(
+    dy, x, lora_A, lora_B, S, mask, scaling, scaling_tensor, dropout_p, needs, backend
+):
+    shapes = ((dy.shape[0], lora_A.shape[1]), lora_A.shape, lora_B.shape)
+    dtypes = (dy.dtype, lora_A.dtype, lora_B.dtype)
+    return [
+        dy.new_empty(shape, dtype=dtype)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+        if needed
+    ]
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("delta", _delta, _key)
+    _library.impl("delta_", _delta_, _key)
+    _library.impl("delta_backward", _delta_backward, _key)
+torch.library.register_fake("fused_lora::delta", _delta_fake, lib=_library)
+torch.library.register_fake("fused_lora::delta_", _delta_in_place_fake, lib=_library)
+torch.library.register_fake("fused_lora::delta_backward", _delta_backward_fake, lib=_library)
+
+
+def _backend(backend: str, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> ModuleType:
+    """The module that computes this call. Empty products have nothing to launch: aten."""
+    chosen = ops.resolve(backend, x, lora_B.shape[0], lora_A.shape[0])
+    if chosen == "triton" and x.numel() > 0 and lora_A.numel() > 0 and lora_B.numel() > 0:
+        return triton_delta
+    return aten_backend
+
+
+def _check(
+    base_output: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    dropout_p: float,
+    backend: str,
+) -> None:
+    named = {"base_output": base_output, "x": x, "lora_A": lora_A, "lora_B": lora_B}
+    for name, tensor in named.items():
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(f"{name} is a DTensor, expected a plain tensor: pass to_local()")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype: cast it")
+        if tensor.device != base_output.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, base_output is on {base_output.device}: move them "
+                "to one device"
+            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    fit = (
+        lora_A.dim() == lora_B.dim() == 2
+        and lora_A.shape[0] == lora_B.shape[1] > 0
+        and x.dim() > 0
+        and base_output.shape == (*x.shape[:-1], lora_B.shape[0])
+        and x.shape[-1] == lora_A.shape[1]
+    )
+    if not fit:
+        raise ValueError(
+            "expected base_output [..., N], x [..., K] with the same leading dimensions, lora_A "
+            f"[r, K], lora_B [N, r] with r >= 1: got {shapes}"
+        )
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    if isinstance(scaling, Tensor) and (scaling.dim() != 0 or scaling.requires_grad):
+        raise ValueError(
+            "scaling must be a number or a 0-dim tensor that does not require grad: got "
+            f"{scaling!r}"
+        )
+
+
+def _check_writable(base_output: Tensor) -> None:
+    problem = None
+    if base_output._is_view():
+        problem = "is a view of another tensor"
+    elif base_output.is_leaf and base_output.requires_grad:
+        problem = "is a leaf that requires grad"
+    elif not base_output.is_contiguous():
+        problem = "is not contiguous"
+    if problem is not None:
+        raise ValueError(f"base_output {problem}, in_place=True cannot write to it: pass False")
