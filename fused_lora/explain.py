@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fused_lora import ops
 from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
-from fused_lora.quantized import quantization_of
+from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
 DEFAULT_TOKENS = 4096
 
@@ -53,7 +53,10 @@ def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
     if layer.backend == "triton" and unable is not None:
         return f"{title}\n  backend='triton' cannot run: {unable}"
     backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
-    return f"{title}\n  the base's own product, then the adapter added to its output ({backend})"
+    how = "the base's own product, then the adapter added to its output"
+    if isinstance(layer, QuantizedLoRALinear) and layer.path(rows) == "dequantise":
+        how = "unpacked for the call, then as a plain base; one row without gradients: " + how
+    return f"{title}\n  {how} ({backend})"
 
 
 def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:

@@ -8,14 +8,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from fused_lora import dropout, ops
 from fused_lora.delta import lora_delta
 from fused_lora.layer import InitLoRA, LoRALayer
 
 
 class QuantizedLoRALinear(LoRALayer):
-    """`base_layer(x) + scaling * (dropout(x) A^T) B^T`, the second term added to the base's own
-    output without a temporary of its size (`lora_delta`), in that output's dtype.
+    """`base_layer(x) + scaling * (dropout(x) A^T) B^T`, by one of two paths:
+
+    * "dequantise", where bitsandbytes would unpack a 4-bit weight for the call anyway (more than
+      one row, or a gradient): W is unpacked once for forward and once for backward and meets the
+      adapter in the fused product, as in `FusedLoRALinear`. W's memory is the allocator's to reuse.
+    * "delta" for every other base: its own forward, to whose output the adapter term is added
+      without a temporary of that size (`lora_delta`), in that output's dtype.
 
     Args:
         base_layer: Linear4bit or Linear8bitLt of bitsandbytes, or an nn.Linear whose weight is a
@@ -95,6 +102,9 @@ class QuantizedLoRALinear(LoRALayer):
         self._require_adapters()
         if self.merged:
             return self.base_layer(x)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        if self.path(x) == "dequantise":
+            return self._dequantise(x, dropout_p)
         out = self.base_layer(x)
         return lora_delta(
             out,
@@ -102,16 +112,44 @@ class QuantizedLoRALinear(LoRALayer):
             self.lora_A,
             self.lora_B,
             scaling=self.scaling,
-            dropout_p=self.lora_dropout if self.training else 0.0,
+            dropout_p=dropout_p,
             backend=self.backend,
             in_place=self._may_write(out),
         )
+
+    def path(self, x: Tensor) -> Literal["dequantise", "delta"]:
+        """Which path a call with `x` takes."""
+        bitsandbytes, base = sys.modules.get("bitsandbytes"), self.base_layer
+        if bitsandbytes is None or type(base) is not bitsandbytes.nn.Linear4bit or _hooked(base):
+            return "delta"
+        weight: Any = base.weight
+        state = weight.quant_state
+        if state is None or getattr(state, "packing_format_for_cpu", False):
+            return "delta"
+        autocast = torch.is_autocast_enabled(x.device.type)
+        computed_as_given = base.compute_dtype in (None, x.dtype) or autocast
+        one_row = x.numel() <= self.in_features and not (
+            torch.is_grad_enabled() and x.requires_grad
+        )
+        return "dequantise" if computed_as_given and not one_row else "delta"
+
+    def _dequantise(self, x: Tensor, dropout_p: float) -> Tensor:
+        weight: Any = self.base_layer.weight
+        computed = x.to(self.base_layer.compute_dtype or x.dtype)  # type: ignore[arg-type]
+        if self.backend == "triton" and not torch.compiler.is_compiling():
+            ops.require_triton(computed)
+        seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
+        rows = computed.reshape(-1, self.in_features)  # [M, K]
+        options = (self.scaling, dropout_p, seed, self.backend)
+        tensors = (rows, weight.data, weight.quant_state, self.lora_A, self.lora_B, self.bias)
+        y = _Dequantised.apply(*tensors, *options)
+        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def _may_write(self, out: Tensor) -> bool:
         """Whether nobody else can hold the base's output: it is fresh and no hook has seen it."""
         return (
             not torch.compiler.is_compiling()
-            and not self.base_layer._forward_hooks
+            and not _hooked(self.base_layer)
             and not out._is_view()
             and not (out.is_leaf and out.requires_grad)
             and out.is_contiguous()
@@ -201,6 +239,69 @@ class QuantizedLoRALinear(LoRALayer):
         # past nn.Module's attribute, which would register a kept base layer as a child
         object.__setattr__(self, "_base", base)
         object.__setattr__(self, "_let_go", let_go)
+
+
+class _Dequantised(torch.autograd.Function):
+    """y = x W^T + bias + S B^T as in `LoRALinearFunction`, of a 4-bit W that is unpacked for each
+    direction: what is saved for backward is the packed weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        state: Any,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        weight = _unpacked(packed, state, x.dtype)
+        cast_bias = None if bias is None else bias.to(x.dtype)
+        options = (scaling, None, dropout_p, seed, backend)
+        needs_x, needs_A, needs_B, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+        keep = needs_x or needs_A or needs_B
+        y, S, mask = ops.forward(x, weight, lora_A, lora_B, cast_bias, *options, keep)
+        ctx.save_for_backward(
+            x if needs_A else None,
+            packed,
+            lora_A,
+            lora_B,
+            S if needs_B else None,
+            mask if dropout_p > 0.0 else None,
+        )
+        ctx.state, ctx.options = state, (scaling, None, dropout_p)
+        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, packed, lora_A, lora_B, S, mask = ctx.saved_tensors
+        needs_x, needs_A, needs_B, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+        weight = _unpacked(packed, ctx.state, dy.dtype)
+        needs = [needs_x, False, needs_A, needs_B, needs_bias]
+        computed = iter(
+            ops.backward(dy, x, weight, lora_A, lora_B, S, mask, *ctx.options, needs, ctx.backend)
+        )
+        dx, dA, dB, dbias = (
+            next(computed) if needed else None for needed in (needs_x, needs_A, needs_B, needs_bias)
+        )
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, None, None, dA, dB, dbias, None, None, None, None
+
+
+def _unpacked(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
+    functional = sys.modules["bitsandbytes"].functional
+    return functional.dequantize_4bit(packed, state).to(dtype)
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+    return any(hooks) or bool(module._backward_pre_hooks) or "forward" in vars(module)
 
 
 def quantization_of(module: nn.Module) -> str | None:

@@ -4,6 +4,7 @@ x and the adapters, and the base is never written to."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import pickle
 
@@ -54,6 +55,8 @@ BASES = {
     "torchao float8": torchao("Float8WeightOnlyConfig"),
 }
 BITSANDBYTES = ("nf4", "int8")
+UNPACKED = "unpacked for the call, then as a plain base; one row without gradients: "
+PATHS = dict.fromkeys(BASES, "") | {"nf4": UNPACKED}
 
 
 def base_layer(kind, dtype=torch.float32):
@@ -97,6 +100,49 @@ def test_the_adapter_is_added_to_what_the_base_computes(kind, dtype, backend):
         right["y"] = right["y"] + base_y.detach().to(right["y"].dtype)
         right["dx"] = right["dx"] + base_dx.to(right["dx"].dtype)
     assert not testing.check(ours, eager, exact, dtype)
+
+
+@pytest.mark.parametrize("backend", ["aten", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["dequantise", "delta"])
+def test_both_paths_of_a_4_bit_base_meet_the_acceptance_rule(path, dtype, backend, monkeypatch):
+    model, base = adapted("nf4", dtype, backend=backend, adapter_dtype=torch.float32)
+    if path == "delta":
+        monkeypatch.setattr(QuantizedLoRALinear, "path", lambda layer, x: "delta")
+    case = testing.make_case(33, N, K, R, dtype, adapter_dtype=torch.float32)
+    functional = importlib.import_module("bitsandbytes").functional
+    weight = functional.dequantize_4bit(base.weight.data, base.weight.quant_state).to(dtype)
+    case = dataclasses.replace(case, weight=weight)
+    layer = model[0]
+    assert layer.path(case.x) == path
+    layer.set_adapter(case.lora_A, case.lora_B, lora_alpha=16)
+    base.bias.data = case.bias
+    base.bias.requires_grad_()
+    x = case.x.clone().requires_grad_()
+    y = layer(x)
+    leaves = (x, layer.lora_A, layer.lora_B, base.bias)
+    grads = torch.autograd.grad(y, leaves, case.dy)
+    ours = dict(zip(("y", "dx", "dA", "dB", "dbias"), (y.detach(), *grads), strict=True))
+    right = testing.eager_gradients(*case.tensors()), testing.exact_gradients(*case.tensors())
+    assert not testing.check(ours, *right, dtype)
+
+
+def test_the_weight_is_unpacked_where_bitsandbytes_would_unpack_it_too():
+    model, base = adapted("nf4", torch.bfloat16)
+    layer, x = model[0], inputs(dtype=torch.bfloat16)
+    assert layer.path(x) == "dequantise" and layer.path(x[:1]) == "delta"
+    assert layer.path(x[:1].requires_grad_()) == "dequantise"
+    assert layer.path(x.float()) == "delta"  # the adapter is computed in x's dtype there
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.path(x.float()) == "dequantise"
+        y = layer(x.float())
+        assert y.dtype == base(x.float()).dtype == torch.float32
+    torch.testing.assert_close(y, layer(x).float())
+    base.register_forward_hook(lambda module, args, output: 2 * output)
+    assert layer.path(x) == "delta"
+    with torch.no_grad():
+        layer.lora_B.zero_()
+        assert torch.equal(layer(x), base(x))
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -231,7 +277,7 @@ def test_explain_names_the_quantisation_and_the_path(kind):
     lines = fused_lora.explain(model).splitlines()
     assert lines == [
         f"0: 64 -> 48, r=3, on a quantised base ({quantization_of(base)})",
-        "  the base's own product, then the adapter added to its output (aten)",
+        f"  {PATHS[kind]}the base's own product, then the adapter added to its output (aten)",
     ]
     assert repr(model[0]).startswith("QuantizedLoRALinear(\n  in_features=64, out_features=48,")
 
