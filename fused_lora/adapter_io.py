@@ -162,7 +162,7 @@ def read_adapter(directory: Path) -> Adapter:
             pairs.setdefault(found["path"], {})[found["factor"]] = tensor
         elif key.startswith(PREFIX) and _is_extra(key.removeprefix(PREFIX), config):
             inner = key.removeprefix(PREFIX)
-            extras[re.sub(r"\.base_layer\.bias$", ".bias", inner)] = tensor
+            extras[_own_key(inner)] = tensor
         else:
             raise ValueError(
                 f"{WEIGHTS_FILE} has {_short(key)}, which no LoRA layer, bias or modules_to_save "
@@ -305,7 +305,8 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
             if type(factor).__name__ == "DTensor" or not layer.adapters_ready:
                 state = "is sharded: gather it" if layer.adapters_ready else "is not initialised"
                 raise ValueError(f"{path}.lora_{letter} {state}: there is nothing to save yet")
-    extras: dict[str, Tensor] = dict(bias_parameters(model, bias))
+    biases = bias_parameters(model, bias)
+    extras: dict[str, Tensor] = {_own_key(key): value for key, value in biases.items()}
     for name in modules_to_save or ():
         paths = [
             place.path
@@ -359,7 +360,12 @@ def _config_of(
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {clean_path(key): parameter for key, parameter in model.named_parameters()}
+    return {_own_key(clean_path(key)): parameter for key, parameter in model.named_parameters()}
+
+
+def _own_key(key: str) -> str:
+    """The key that a parameter has in the base model: an adapter may have wrapped its layer."""
+    return re.sub(r"\.base_layer\.(bias|weight)$", r".\1", key)
 
 
 def _is_extra(key: str, config: AdapterConfig) -> bool:

@@ -8,28 +8,55 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import ops
+from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
+from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
 DEFAULT_TOKENS = 4096
 
 
 def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
-    """One line per FusedLoRALinear and direction: backend, path, launches, configuration, reason.
+    """One line per LoRA layer and direction: backend, path, launches, configuration, reason.
 
     x [..., in_features] gives the number of tokens, dtype and device that the lines speak of;
     without it, 4096 tokens in the weight's dtype on its device. Nothing is run.
-    Raises ValueError if there is no FusedLoRALinear in the model.
+    Raises ValueError if there is no LoRA layer in the model.
     """
     layers = [
         (name, module)
         for name, module in model_or_layer.named_modules()
-        if isinstance(module, FusedLoRALinear)
+        if isinstance(module, LoRALayer)
     ]
     if not layers:
         raise ValueError(
-            f"{type(model_or_layer).__name__} holds no FusedLoRALinear: there is nothing to explain"
+            f"{type(model_or_layer).__name__} holds no LoRA layer: there is nothing to explain"
         )
-    return "\n".join(_explain_layer(name, layer, x) for name, layer in layers)
+    return "\n".join(
+        _explain_layer(name, layer, x)
+        if isinstance(layer, FusedLoRALinear)
+        else _explain_quantized(name, layer, x)
+        for name, layer in layers
+    )
+
+
+def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
+    base = layer.base_module()
+    title = (
+        f"{name or 'layer'}: {layer.in_features} -> {layer.out_features}, r={layer.r}, on a "
+        f"quantised base ({quantization_of(base)})"
+    )
+    if layer.merged:
+        return f"{title}\n  merged: the base's own product, nothing to add"
+    given = layer.lora_A if x is None else x
+    rows = given.new_empty((1, layer.in_features)).expand(DEFAULT_TOKENS, -1)
+    unable = ops.why_not_triton(rows)
+    if layer.backend == "triton" and unable is not None:
+        return f"{title}\n  backend='triton' cannot run: {unable}"
+    backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
+    how = "the base's own product, then the adapter added to its output"
+    if isinstance(layer, QuantizedLoRALinear) and layer.path(rows) == "dequantise":
+        how = "unpacked for the call, then as a plain base; one row without gradients: " + how
+    return f"{title}\n  {how} ({backend})"
 
 
 def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:

@@ -84,7 +84,7 @@ class LoRALayer(nn.Module):
         """Whether the layer still knows its base weight (merge(keep_base=False) lets it go)."""
         return True
 
-    def why_not_merge(self) -> str | None:
+    def why_not_merge(self, requantise: bool = False) -> str | None:
         """Why `merge` would refuse this layer, None if it would not."""
         if self.merged:
             return "the layer is merged already: call unmerge() before merging again"
@@ -92,7 +92,7 @@ class LoRALayer(nn.Module):
             return "lora_A and lora_B are not initialised: there is nothing to merge"
         return None
 
-    def merge(self, keep_base: bool | Literal["cpu"] = True) -> LoRALayer:
+    def merge(self, keep_base: bool | Literal["cpu"] = True, requantise: bool = False) -> LoRALayer:
         raise NotImplementedError
 
     def unmerge(self) -> LoRALayer:

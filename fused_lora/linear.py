@@ -217,11 +217,14 @@ class FusedLoRALinear(LoRALayer):
             backend=self.backend,
         )
 
-    def merge(self, keep_base: bool | Literal["cpu"] = True) -> FusedLoRALinear:
+    def merge(
+        self, keep_base: bool | Literal["cpu"] = True, requantise: bool = False
+    ) -> FusedLoRALinear:
         """Put W0 + scaling * B A, summed in fp32 and rounded once, in place of `weight`.
 
         W0's storage is never written to: tied weights and the layer it came from stay as they are.
         keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU, False lets it go.
+        requantise is for quantised bases; there is nothing to quantise here.
         Raises RuntimeError if already merged or if the adapters are not initialised.
         """
         reason = self.why_not_merge()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.layer import InitLoRA, LoRALayer, check_adapter_options
 from fused_lora.linear import FusedLoRALinear, is_conv1d
+from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 from fused_lora.targets import match_pattern, named
 
 Bias = Literal["none", "all", "lora_only"]
@@ -164,9 +165,13 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
             layer.adapter_enabled = enabled
 
 
-def merge_adapter(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> None:
-    """Merge every LoRA layer, as `FusedLoRALinear.merge` does. Raises RuntimeError if one is merged
-    already, not initialised or quantised; then nothing is merged."""
+def merge_adapter(
+    model: nn.Module, keep_base: bool | Literal["cpu"] = True, *, requantise: bool = False
+) -> None:
+    """Merge every LoRA layer, as `FusedLoRALinear.merge` does. A quantised base is merged only with
+    requantise=True: its sum with the adapter is rounded to the few levels it has. Raises
+    RuntimeError if a layer is merged already, not initialised, or quantised and not to be, or not
+    able to be, quantised anew; then nothing is merged."""
     layers = require_layers(model)
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
@@ -174,12 +179,12 @@ def merge_adapter(model: nn.Module, keep_base: bool | Literal["cpu"] = True) -> 
             f"{_some(merged)}: merged already; call unmerge_adapter() before merging again"
         )
     for path, layer in layers.items():
-        reason = layer.why_not_merge()
+        reason = layer.why_not_merge(requantise)
         if reason is not None:
             raise RuntimeError(f"{path}: {reason}")
     with all_or_nothing(layers.values()):
         for layer in layers.values():
-            layer.merge(keep_base)
+            layer.merge(keep_base, requantise)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -306,7 +311,10 @@ class Replacement:
         self.layers: dict[str, LoRALayer] = {}
         try:
             for path, module in modules.items():
-                self.layers[path] = FusedLoRALinear.from_linear(module, **options[path])  # type: ignore[arg-type]
+                make: Callable[..., LoRALayer] = FusedLoRALinear.from_linear
+                if quantization_of(module) is not None:
+                    make = QuantizedLoRALinear
+                self.layers[path] = make(module, **options[path])
         finally:
             for path, module in modules.items():
                 for parameter, requires_grad in zip(
@@ -353,6 +361,8 @@ def _why_not(
         above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]
         if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
             return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
+    if quantization_of(module) is not None:
+        return None  # it stays, with its hooks
     if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
         return (
             "it has hooks or a forward of its own, which the new layer would not have; remove them "

@@ -57,9 +57,7 @@ def test_every_layer_of_a_model_is_named_and_a_model_without_layers_is_refused()
     lines = explain(model).splitlines()
     titles = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     assert titles == ["up", "down"] and len(lines) == 4
-    with pytest.raises(
-        ValueError, match="Sequential holds no FusedLoRALinear: there is nothing to"
-    ):
+    with pytest.raises(ValueError, match="Sequential holds no LoRA layer: there is nothing to"):
         explain(nn.Sequential(nn.Linear(3, 4)))
 
 
