@@ -56,7 +56,7 @@ def _forward(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y [M, N], S [M, r], packed mask [M, ceil(K / 8)]), the latter two empty as in `ops`."""
-    if not ids.is_cuda or CHECK_IDS:
+    if not ids.is_cuda or (CHECK_IDS and not torch.cuda.is_current_stream_capturing()):
         _check_ids(ids, window)
     adapters = Adapters(ids, owner, scaling, window)
     with ops._as_given(x):
