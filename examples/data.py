@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -43,6 +43,12 @@ REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
 REVIEWS_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 REVIEWS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 REVIEWS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+# 13,098 sentences of the same package, by where they come from.
+SOURCES = {
+    "editorial": "hutto_ICWSM_2014/nytEditorialSnippets_GroundTruth.txt",
+    "product": "hutto_ICWSM_2014/amazonReviewSnippets_GroundTruth.txt",
+    "tweet": "hutto_ICWSM_2014/tweets_GroundTruth.txt",
+}
 MAX_TOKENS = 64  # the reviews average 27 tokens, and one in a thousand is longer than this
 
 Encoded = list[tuple[list[int], int]]  # token ids and label of every example
@@ -185,21 +191,37 @@ def load_pairs(path: Path) -> list[Pair]:
 
 def fetch_reviews(cache: Path) -> Path:
     """Return a `label<TAB>text` file of film reviews, downloading it (2.5 MB) if not there."""
-    folder = cache / "film-reviews"
+    return _fetch_sentences(
+        cache / "film-reviews" / "reviews.tsv",
+        {"film": REVIEWS_MEMBER},
+        lambda ratings: binarise(ratings["film"]),
+    )
+
+
+def fetch_sources(cache: Path) -> Path:
+    """Return a `label<TAB>text` file of sentences labelled by their source, as `fetch_reviews`."""
+    return _fetch_sentences(cache / "sources" / "sources.tsv", SOURCES, label_by_source)
+
+
+def _fetch_sentences(
+    path: Path, members: dict[str, str], convert: Callable[[dict[str, str]], str]
+) -> Path:
+    """Make `path` from files of the reviews' archive, given to `convert` by their names."""
+    folder = path.parent
     if not folder.exists():
         with (
             being_built(folder) as building,
             downloaded(REVIEWS_PACKAGE, REVIEWS_SHA256, "--no-binary", "vaderSentiment") as package,
             tempfile.TemporaryDirectory() as scratch,
         ):
-            archive, ratings = Path(scratch, "archive.tar.gz"), Path(scratch, "ratings.txt")
+            archive = Path(scratch, "archive.tar.gz")
             extract(package, {REVIEWS_ARCHIVE: archive})
-            extract(archive, {REVIEWS_MEMBER: ratings})
-            reviews = binarise(ratings.read_text(encoding="utf-8"))
-            (building / "reviews.tsv").write_text(reviews, encoding="utf-8")
-    path = folder / "reviews.tsv"
+            files = {name: Path(scratch, f"{name}.txt") for name in members}
+            extract(archive, {members[name]: file for name, file in files.items()})
+            ratings = {name: file.read_text(encoding="utf-8") for name, file in files.items()}
+            (building / path.name).write_text(convert(ratings), encoding="utf-8")
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} lacks reviews.tsv: delete that folder and run again")
+        raise FileNotFoundError(f"{folder} lacks {path.name}: delete that folder and run again")
     return path
 
 
@@ -213,6 +235,16 @@ def binarise(ratings: str) -> str:
         _, rating, text = line.split("\t")
         if float(rating) != 0:
             lines.append(f"{'positive' if float(rating) > 0 else 'negative'}\t{text.strip()}\n")
+    return "".join(lines)
+
+
+def label_by_source(ratings: dict[str, str]) -> str:
+    """Turn files of `id<TAB>mean rating<TAB>text` lines into `label<TAB>text`, label the file."""
+    lines = []
+    for source, text in ratings.items():
+        for line in text.strip().split("\n"):
+            _, _, sentence = line.split("\t")
+            lines.append(f"{source}\t{sentence.strip()}\n")
     return "".join(lines)
 
 

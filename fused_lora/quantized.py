@@ -261,17 +261,18 @@ class _Dequantised(torch.autograd.Function):
     ) -> Tensor:
         weight = _unpacked(packed, state, x.dtype)
         cast_bias = None if bias is None else bias.to(x.dtype)
-        options = (scaling, None, dropout_p, seed, backend)
-        needs_x, needs_A, needs_B, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
+        options = (scaling, None, dropout_p, seed, [], backend)
+        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         keep = needs_x or needs_A or needs_B
-        y, S, mask = ops.forward(x, weight, lora_A, lora_B, cast_bias, *options, keep)
+        y, *kept = ops.forward(x, weight, lora_A, lora_B, cast_bias, *options, keep)
+        S, *mask = kept or (None,)
         ctx.save_for_backward(
             x if needs_A else None,
             packed,
             lora_A,
             lora_B,
             S if needs_B else None,
-            mask if dropout_p > 0.0 else None,
+            mask[0] if mask else None,
         )
         ctx.state, ctx.options = state, (scaling, None, dropout_p)
         ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
@@ -285,7 +286,10 @@ class _Dequantised(torch.autograd.Function):
         weight = _unpacked(packed, ctx.state, dy.dtype)
         needs = [needs_x, False, needs_A, needs_B, needs_bias]
         computed = iter(
-            ops.backward(dy, x, weight, lora_A, lora_B, S, mask, *ctx.options, needs, ctx.backend)
+            ops.backward(
+                *(dy, x, weight, lora_A, lora_B, S, mask, *ctx.options),
+                *([], needs, ctx.backend),
+            )
         )
         dx, dA, dB, dbias = (
             next(computed) if needed else None for needed in (needs_x, needs_A, needs_B, needs_bias)

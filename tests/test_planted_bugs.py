@@ -66,7 +66,7 @@ class Bug:
 SHRINK_AND_PORTABLE = (
     Bug("W's last column dropped", matmul, "inside_k = offs_k < K", "inside_k = offs_k < K - 1"),
     Bug("A's last column dropped", shrink, "inside_k = offs_k < K", "inside_k = offs_k < K - 1"),
-    Bug("last K tile dropped", shrink, "range(0, K, BLOCK_K)", "range(0, K - BLOCK_K, BLOCK_K)"),
+    Bug("last K tile dropped", shrink, "columns_k, BLOCK_K)", "columns_k - BLOCK_K, BLOCK_K)"),
     Bug("W's last K tile dropped", matmul, "range(0, K, BLOCK_K)", "range(0, K - 64, BLOCK_K)"),
     Bug("last rank dropped", shrink, "mask=(offs_r < r)", "mask=(offs_r < r - 1)"),
     Bug("B's last rank dropped", matmul, "mask=(offs_r < r)[:", "mask=(offs_r < r - 1)[:"),
