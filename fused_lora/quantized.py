@@ -261,7 +261,8 @@ class _Dequantised(torch.autograd.Function):
     ) -> Tensor:
         weight = _unpacked(packed, state, x.dtype)
         cast_bias = None if bias is None else bias.to(x.dtype)
-        options = (scaling, None, dropout_p, seed, [], backend)
+        one_adapter: list[Tensor] = []
+        options = (scaling, None, dropout_p, seed, one_adapter, backend)
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         keep = needs_x or needs_A or needs_B
         y, *kept = ops.forward(x, weight, lora_A, lora_B, cast_bias, *options, keep)
