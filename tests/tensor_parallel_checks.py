@@ -45,9 +45,9 @@ def twins(**options):
     return model, copy.deepcopy(model)
 
 
-def split(model, up=None, down=None, mesh=None):
+def split(model, up=None, down=None):
     plan = {"up": up or ColwiseLoRAParallel(), "down": down or RowwiseLoRAParallel()}
-    return parallelize_module(model, mesh or world_mesh(), plan)
+    return parallelize_module(model, world_mesh(), plan)
 
 
 def inputs(dtype=torch.float64):
@@ -295,8 +295,13 @@ def what_cannot_be_split_is_refused():
 def it_composes_with_fsdp():
     """Two by two: tensor parallel pairs, FSDP2 over them."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model, alone = twins()
-    fully_shard(split(model, mesh=mesh["tp"]), mesh=mesh["dp"])
+    torch.manual_seed(0)
+    model = nn.Sequential(MLP(), nn.Tanh(), MLP())
+    alone = copy.deepcopy(model)
+    plan = {"*.up": ColwiseLoRAParallel(), "*.down": RowwiseLoRAParallel()}
+    parallelize_module(model, mesh["tp"], plan)
+    for block in (model[0], model[2], model):
+        fully_shard(block, mesh=mesh["dp"])
     x = inputs().detach()
     model(x[mesh["dp"].get_local_rank()]).square().mean().backward()
     alone(x).square().mean().backward()
