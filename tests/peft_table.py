@@ -312,8 +312,8 @@ your model as it stands, `call_counts(model)` says how many calls took each.
 Adapter files and state dicts are PEFT's own. A whole model that is pickled while patched needs
 fused-lora where it is loaded; `unpatch(model)` first if it is not there. The other adapters of a
 layer, and those added later, are covered. Under FSDP2 layers are fused where blocks are the sharded
-units, and run in PEFT's code where single projections are. The dropout mask is drawn from torch's generator, but is
-not the one that `nn.Dropout` would draw from the same seed.
+units, and run in PEFT's code where single projections are. The dropout mask is drawn from torch's
+generator, but is not the one that `nn.Dropout` would draw from the same seed.
 
 | feature | path | why |
 |---|---|---|"""
