@@ -7,11 +7,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora
-from fused_lora import testing
+from fused_lora import aten_backend, testing, triton_delta
 from fused_lora.delta import lora_delta
+from fused_lora.scale import Scale
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 50, 70, 1), (33, 70, 50, 8), (130, 64, 500, 33), (400, 16, 24, 8))
@@ -136,6 +138,39 @@ def test_only_the_gradients_asked_for_are_computed(needs, backend, device):
     options = {"dropout_p": 0.3, "seed": seed(device=device), "backend": backend}
     lora_delta(base_output, *leaves, **options).backward(case.dy)
     assert [leaf.grad is not None for leaf in leaves] == list(needs)
+
+
+class Sizes(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes, but for those that it writes to."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not function._schema.is_mutable:
+            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.itemsize)
+        return out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_of_the_outputs_size_is_made_or_saved(backend, device):
+    M, N, K, r = 16, 2048, 32, 4
+    case = testing.make_case(M, N, K, r, torch.bfloat16, bias=False, device=device)
+    scale, out = Scale(2.0, None), torch.zeros(M, N, dtype=torch.bfloat16, device=device)
+    module = triton_delta if backend == "triton" else aten_backend
+    with Sizes() as sizes:
+        module.add_adapter(out, case.x, case.lora_A, case.lora_B, scale, 0.0, None)
+    assert out.any() and sizes.largest <= N * r  # lora_B itself
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed):
+        lora_A, lora_B = case.lora_A.requires_grad_(), case.lora_B.requires_grad_()
+        lora_delta(out, case.x, lora_A, lora_B, backend=backend, in_place=True)
+    assert saved and max(saved) <= N * r
 
 
 def test_scaling_may_be_a_tensor_that_is_never_read_on_the_host(device):
