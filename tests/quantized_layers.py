@@ -1,4 +1,4 @@
-"""Quantised base layers for tests; each skips the test that asks for it where its library is not."""
+"""Quantised base layers for tests; each skips a test that asks for it where its library is not."""
 
 from __future__ import annotations
 
