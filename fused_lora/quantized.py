@@ -120,7 +120,10 @@ class QuantizedLoRALinear(LoRALayer):
     def path(self, x: Tensor) -> Literal["dequantise", "delta"]:
         """Which path a call with `x` takes."""
         bitsandbytes, base = sys.modules.get("bitsandbytes"), self.base_layer
-        if bitsandbytes is None or type(base) is not bitsandbytes.nn.Linear4bit or _hooked(base):
+        if bitsandbytes is None or _hooked(base):
+            return "delta"
+        linear = bitsandbytes.nn
+        if type(base) not in (linear.Linear4bit, linear.LinearNF4, linear.LinearFP4):
             return "delta"
         weight: Any = base.weight
         state = weight.quant_state
@@ -128,10 +131,8 @@ class QuantizedLoRALinear(LoRALayer):
             return "delta"
         autocast = torch.is_autocast_enabled(x.device.type)
         computed_as_given = base.compute_dtype in (None, x.dtype) or autocast
-        one_row = x.numel() <= self.in_features and not (
-            torch.is_grad_enabled() and x.requires_grad
-        )
-        return "dequantise" if computed_as_given and not one_row else "delta"
+        product = x.numel() > self.in_features or (torch.is_grad_enabled() and x.requires_grad)
+        return "dequantise" if computed_as_given and product else "delta"
 
     def _dequantise(self, x: Tensor, dropout_p: float) -> Tensor:
         weight: Any = self.base_layer.weight
@@ -140,7 +141,8 @@ class QuantizedLoRALinear(LoRALayer):
             ops.require_triton(computed)
         seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
         rows = computed.reshape(-1, self.in_features)  # [M, K]
-        options = (self.scaling, dropout_p, seed, self.backend)
+        # inside of the Function grad mode is off: whether backward follows is known here
+        options = (self.scaling, dropout_p, seed, self.backend, torch.is_grad_enabled())
         tensors = (rows, weight.data, weight.quant_state, self.lora_A, self.lora_B, self.bias)
         y = _Dequantised.apply(*tensors, *options)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -258,13 +260,14 @@ class _Dequantised(torch.autograd.Function):
         dropout_p: float,
         seed: Tensor | None,
         backend: str,
+        differentiates: bool,
     ) -> Tensor:
         weight = _unpacked(packed, state, x.dtype)
         cast_bias = None if bias is None else bias.to(x.dtype)
         one_adapter: list[Tensor] = []
         options = (scaling, None, dropout_p, seed, one_adapter, backend)
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        keep = needs_x or needs_A or needs_B
+        keep = differentiates and (needs_x or needs_A or needs_B)
         y, *kept = ops.forward(x, weight, lora_A, lora_B, cast_bias, *options, keep)
         S, *mask = kept or (None,)
         ctx.save_for_backward(
@@ -296,7 +299,7 @@ class _Dequantised(torch.autograd.Function):
             next(computed) if needed else None for needed in (needs_x, needs_A, needs_B, needs_bias)
         )
         dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        return dx, None, None, dA, dB, dbias, None, None, None, None
+        return dx, None, None, dA, dB, dbias, None, None, None, None, None
 
 
 def _unpacked(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:

@@ -10,70 +10,16 @@ import pickle
 
 import pytest
 import torch
+from quantized_layers import BASES, BITSANDBYTES, K, N, R, adapted, base_layer, inputs, int8, nf4
 from torch import nn
 
 import fused_lora
-from fused_lora import apply_lora, load_adapter, reference, save_adapter, testing
+from fused_lora import load_adapter, reference, save_adapter, testing
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
-K, N, R = 64, 48, 3
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-def nf4(dtype=torch.float32, source=None):
-    bnb = pytest.importorskip("bitsandbytes", minversion="0.50")
-    layer = bnb.nn.Linear4bit(K, N, compute_dtype=dtype, quant_type="nf4")
-    layer.load_state_dict((source or nn.Linear(K, N)).state_dict())
-    return layer.to("cpu")
-
-
-def int8(dtype=torch.float32, source=None):
-    bnb = pytest.importorskip("bitsandbytes", minversion="0.50")
-    layer = bnb.nn.Linear8bitLt(K, N, has_fp16_weights=False)
-    layer.load_state_dict((source or nn.Linear(K, N)).state_dict())
-    return layer.to("cpu")
-
-
-def torchao(name):
-    def make(dtype=torch.float32):
-        quantization = pytest.importorskip("torchao.quantization")
-        config = getattr(importlib.import_module("torchao.quantization"), name)()
-        model = nn.Sequential(nn.Linear(K, N, dtype=dtype))
-        try:
-            quantization.quantize_(model, config)
-        except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
-            pytest.skip(f"torchao cannot quantise here: {error}")
-        return model[0]
-
-    return make
-
-
-BASES = {
-    "nf4": nf4,
-    "int8": int8,
-    "torchao int8": torchao("Int8WeightOnlyConfig"),
-    "torchao float8": torchao("Float8WeightOnlyConfig"),
-}
-BITSANDBYTES = ("nf4", "int8")
 UNPACKED = "unpacked for the call, then as a plain base; one row without gradients: "
 PATHS = dict.fromkeys(BASES, "") | {"nf4": UNPACKED}
-
-
-def base_layer(kind, dtype=torch.float32):
-    torch.manual_seed(0)
-    return BASES[kind](dtype)
-
-
-def adapted(kind, dtype=torch.float32, **options):
-    base = base_layer(kind, dtype)
-    model = nn.Sequential(base)
-    options = {"r": R, "lora_alpha": 6, "init_lora_weights": False} | options
-    return apply_lora(model, **options), base
-
-
-def inputs(*leading, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(*(leading or (7,)), K, generator=generator).to(dtype)
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton"])
@@ -171,6 +117,18 @@ def test_shapes_switches_copies_and_checkpoints(kind):
     assert fused_lora.unload(model)[0] is base
 
 
+@pytest.mark.parametrize("asked", range(3))
+@pytest.mark.parametrize("kind", BASES)
+def test_only_the_gradients_asked_for_are_computed(kind, asked):
+    model, _ = adapted(kind)
+    leaves = (inputs().requires_grad_(), model[0].lora_A, model[0].lora_B)
+    expected = torch.autograd.grad(model(leaves[0]).square().sum(), leaves)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i == asked)
+    (grad,) = torch.autograd.grad(model(leaves[0]).square().sum(), leaves[asked])
+    torch.testing.assert_close(grad, expected[asked])
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_dropout_is_on_the_adapter_alone_and_off_in_eval(kind):
     model, base = adapted(kind, lora_dropout=0.5)
@@ -183,6 +141,8 @@ def test_dropout_is_on_the_adapter_alone_and_off_in_eval(kind):
     with fused_lora.disable_adapters(model):
         assert torch.equal(model(x), base(x))
     assert torch.equal(model.eval()(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x[:1]), model(x)[:1])
     model.train()(x.requires_grad_()).sum().backward()  # and back from eval to training
     assert x.grad.isfinite().all()
 
