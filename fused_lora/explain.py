@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from fused_lora import ops
 from fused_lora.linear import FusedLoRALinear
+from fused_lora.multi import MultiLoRALinear
 
 DEFAULT_TOKENS = 4096
 
 
 def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
-    """One line per FusedLoRALinear and direction: backend, path, launches, configuration, reason.
+    """One line per layer (FusedLoRALinear or MultiLoRALinear) and direction: backend, path,
+    launches, configuration, reason.
 
     x [..., in_features] gives the number of tokens, dtype and device that the lines speak of;
     without it, 4096 tokens in the weight's dtype on its device. Nothing is run.
@@ -23,7 +25,7 @@ def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
     layers = [
         (name, module)
         for name, module in model_or_layer.named_modules()
-        if isinstance(module, FusedLoRALinear)
+        if isinstance(module, FusedLoRALinear | MultiLoRALinear)
     ]
     if not layers:
         raise ValueError(
@@ -32,15 +34,21 @@ def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
     return "\n".join(_explain_layer(name, layer, x) for name, layer in layers)
 
 
-def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
+def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tensor | None) -> str:
     tokens = DEFAULT_TOKENS if x is None else x.numel() // max(1, x.shape[-1])
     dtype = layer.weight.dtype if x is None else x.dtype
     device = layer.weight.device if x is None else x.device
+    if isinstance(layer, MultiLoRALinear):
+        r, held = layer.pack.total_rank, f"{len(layer.pack.names)} adapters, total "
+        same_dtype = False  # the kernel that reads lora_A by a descriptor does not look at ids
+    else:
+        r, held = layer.r, ""
+        same_dtype = layer.lora_A.dtype == layer.lora_B.dtype == dtype
     title = (
-        f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, r={layer.r}, "
+        f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, {held}r={r}, "
         f"{str(dtype).removeprefix('torch.')} on {device}"
     )
-    if layer.merged:
+    if isinstance(layer, FusedLoRALinear) and layer.merged:
         return f"{title}\n  merged: one library product, nothing to fuse"
     if device.type == "meta":
         return f"{title}\n  on the meta device: nothing runs"
@@ -49,7 +57,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
     unable = ops.why_not_triton(rows)
     if layer.backend == "triton" and unable is not None:
         return f"{title}\n  backend='triton' cannot run: {unable}"
-    backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
+    backend = ops.resolve(layer.backend, rows, layer.out_features, r)
     if backend == "aten":
         why = unable or "auto: the faster one by the tables, or nothing is measured"
         why = "asked for" if layer.backend == "aten" else why
@@ -58,8 +66,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
     drawn = layer.lora_dropout > 0.0 and layer.training
     K, N = layer.in_features, layer.out_features
     addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
-    same_dtype = layer.lora_A.dtype == layer.lora_B.dtype == dtype
-    adapter_rows = {"forward": K, "dX": layer.r}
+    adapter_rows = {"forward": K, "dX": r}
     for direction, outputs, inputs, masked in (("forward", N, K, False), ("dX", K, N, drawn)):
         plan = ops.triton_backend.plan_product(
             device,
@@ -67,7 +74,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
             tokens,
             outputs,
             inputs,
-            layer.r,
+            r,
             drawn=drawn and not masked,
             masked=masked,
             addressable=addressable,
