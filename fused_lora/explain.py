@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fused_lora import ops
 from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
+from fused_lora.multi import MultiLoRALinear
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
 DEFAULT_TOKENS = 4096
@@ -25,7 +26,7 @@ def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
     layers = [
         (name, module)
         for name, module in model_or_layer.named_modules()
-        if isinstance(module, LoRALayer)
+        if isinstance(module, LoRALayer | MultiLoRALinear)
     ]
     if not layers:
         raise ValueError(
@@ -33,7 +34,7 @@ def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
         )
     return "\n".join(
         _explain_layer(name, layer, x)
-        if isinstance(layer, FusedLoRALinear)
+        if isinstance(layer, FusedLoRALinear | MultiLoRALinear)
         else _explain_quantized(name, layer, x)
         for name, layer in layers
     )
@@ -59,15 +60,21 @@ def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
     return f"{title}\n  {how} ({backend})"
 
 
-def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
+def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tensor | None) -> str:
     tokens = DEFAULT_TOKENS if x is None else x.numel() // max(1, x.shape[-1])
     dtype = layer.weight.dtype if x is None else x.dtype
     device = layer.weight.device if x is None else x.device
+    if isinstance(layer, MultiLoRALinear):
+        r, held = layer.pack.total_rank, f"{len(layer.pack.names)} adapters, total "
+        same_dtype = False  # the kernel that reads lora_A by a descriptor does not look at ids
+    else:
+        r, held = layer.r, ""
+        same_dtype = layer.lora_A.dtype == layer.lora_B.dtype == dtype
     title = (
-        f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, r={layer.r}, "
+        f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, {held}r={r}, "
         f"{str(dtype).removeprefix('torch.')} on {device}"
     )
-    if layer.merged:
+    if isinstance(layer, FusedLoRALinear) and layer.merged:
         return f"{title}\n  merged: one library product, nothing to fuse"
     if device.type == "meta":
         return f"{title}\n  on the meta device: nothing runs"
@@ -76,7 +83,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
     unable = ops.why_not_triton(rows)
     if layer.backend == "triton" and unable is not None:
         return f"{title}\n  backend='triton' cannot run: {unable}"
-    backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
+    backend = ops.resolve(layer.backend, rows, layer.out_features, r)
     if backend == "aten":
         why = unable or "auto: the faster one by the tables, or nothing is measured"
         why = "asked for" if layer.backend == "aten" else why
@@ -85,8 +92,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
     drawn = layer.lora_dropout > 0.0 and layer.training
     K, N = layer.in_features, layer.out_features
     addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
-    same_dtype = layer.lora_A.dtype == layer.lora_B.dtype == dtype
-    adapter_rows = {"forward": K, "dX": layer.r}
+    adapter_rows = {"forward": K, "dX": r}
     for direction, outputs, inputs, masked in (("forward", N, K, False), ("dX", K, N, drawn)):
         plan = ops.triton_backend.plan_product(
             device,
@@ -94,7 +100,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear, x: Tensor | None) -> str:
             tokens,
             outputs,
             inputs,
-            layer.r,
+            r,
             drawn=drawn and not masked,
             masked=masked,
             addressable=addressable,

@@ -8,7 +8,7 @@ from shapes import BF16, FP32
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_lora import MultiLoRALinear, multi_lora_linear, ops, reference, use_adapters
+from fused_lora import MultiLoRALinear, explain, multi_lora_linear, ops, reference, use_adapters
 
 N, K = 24, 40
 
@@ -54,6 +54,16 @@ def test_the_block_chooses_the_adapters_and_blocks_nest():
         pass
     with pytest.raises(ValueError, match="holds no MultiLoRALinear"), use_adapters(nn.ReLU(), []):
         pass
+
+
+def test_explain_speaks_of_the_total_rank(path):
+    path("serial")
+    layer = layer_of(adapters=3, backend="aten")
+    assert "-> 24, 3 adapters, total r=48, float32 on" in explain(nn.Sequential(layer))
+    layer.backend = "triton"
+    bf16 = torch.empty(300, K, dtype=BF16)
+    if not torch.cuda.is_available():
+        assert "forward: triton serial, 2 launches" in explain(layer, bf16)
 
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.5))
