@@ -11,6 +11,7 @@ from results import BASELINES, FUSED, MERGED, MERGED_AGAIN, Case, Row
 
 MODES = ("fwd", "fwd+bwd")
 DTYPES = ("float32", "bfloat16", "float16")
+DROPOUT, DROPOUT_SEED = 0.05, 7  # where dropout is measured: the mask is fixed, to be checked
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
     """The options that choose cases; shared by latency.py and roofline.py."""
     parser.add_argument("--quick", action="store_true", help="a short run: a few shapes, r = 16")
     parser.add_argument("--shapes", type=_shapes, help='"MxKxN,..." instead of the matrix')
-    parser.add_argument("--ranks", type=_positive_list, help='"8,16,..." instead of the matrix')
+    parser.add_argument("--ranks", type=positive_list, help='"8,16,..." instead of the matrix')
     parser.add_argument("--modes", type=_modes, default=MODES, help=f"of {','.join(MODES)}")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU"
@@ -121,7 +122,7 @@ def _shapes(text: str) -> list[tuple[int, int, int]]:
     return shapes
 
 
-def _positive_list(text: str) -> tuple[int, ...]:
+def positive_list(text: str) -> tuple[int, ...]:
     if not all(part.isdigit() and int(part) for part in text.split(",")):
         raise argparse.ArgumentTypeError(f'got "{text}", expected "8,16,..."')
     return tuple(int(part) for part in text.split(","))

@@ -7,10 +7,12 @@ term can hide under the base product nor a dropped edge below the tolerance.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from cases import DROPOUT, DROPOUT_SEED
 from providers import Inputs, Provider, first_line, random_inputs
 from results import Case
 from torch import Tensor
@@ -37,6 +39,7 @@ class Judge:
         merged  the same exact y and dX; yardstick: a linear layer whose weight W + s B A was
                 summed in fp64 and rounded once, for merging makes that rounding error by nature
         base    exact layer with B = 0; yardstick: the eager three-op layer with B = 0
+        dropout exact layer with the mask that DROPOUT_SEED draws; yardstick: eager with it
     """
 
     def __init__(self, case: Case, device: torch.device, generator: torch.Generator):
@@ -49,24 +52,37 @@ class Judge:
 
     def verdict(self, provider: Provider) -> Verdict:
         """Run the provider on both inputs. Whatever it raises makes it wrong, not the program."""
+        return self.judge(
+            lambda inputs: _outputs(provider, inputs, self.mode), provider.rule, provider.excuse
+        )
+
+    def judge(
+        self,
+        compute: Callable[[Inputs], dict[str, Tensor]],
+        rule: str,
+        excuse: Callable[[Exception], str | None] = lambda error: None,
+    ) -> Verdict:
+        """The same of a function to some of y, dx, dA, dB, S and dS."""
         violations: list[str] = []
         errors: dict[str, tuple[float, float]] = {}
+        exact_kind = {"base": "exact base", "dropout": "exact dropout"}.get(rule, "exact")
+        eager_kind = rule if rule in ("base", "dropout") else "eager"
         for index, inputs in enumerate(self.inputs):
             try:
-                ours = _outputs(provider, inputs, self.mode)
+                ours = compute(inputs)
             except Exception as error:
-                reason = provider.excuse(error)
+                reason = excuse(error)
                 if reason is not None:
                     return Verdict(None, f"n/a ({reason})")
                 return Verdict(False, f"raised {type(error).__name__}: {first_line(error)}")
-            exact = self._reference("exact base" if provider.rule == "base" else "exact", index)
-            yardstick = self._reference(provider.rule, index)
+            exact = self._reference(exact_kind, index)
+            yardstick = self._reference(rule, index)
             violations += [
                 f"{violation}{' (W = 0)' if index else ''}"
                 for violation in testing.check(ours, yardstick, exact, self.dtype)
             ]
             if index == 0:
-                eager = self._reference("base" if provider.rule == "base" else "eager", index)
+                eager = self._reference(eager_kind, index)
                 errors = {
                     name: (_rel_l2(ours[name], exact[name]), _rel_l2(eager[name], exact[name]))
                     for name in ours
@@ -107,10 +123,27 @@ def _merged(inputs: Inputs) -> dict[str, Tensor]:
     return {"y": F.linear(inputs.x, weight), "dx": inputs.dy @ weight}
 
 
+def _dropout(gradients: Callable[..., dict[str, Tensor]], inputs: Inputs) -> dict[str, Tensor]:
+    seed = torch.tensor(DROPOUT_SEED, device=inputs.x.device)
+    return gradients(*inputs.tensors(), dropout_p=DROPOUT, seed=seed)
+
+
+def _states(inputs: Inputs, dtype: torch.dtype) -> dict[str, Tensor]:
+    """S and dS, what shrink makes."""
+    x, dy, A, B = (t.to(dtype) for t in (inputs.x, inputs.dy, inputs.lora_A, inputs.lora_B))
+    return {"S": inputs.scaling * (x @ A.t()), "dS": inputs.scaling * (dy @ B)}
+
+
 _REFERENCES = {
-    "exact": lambda inputs: testing.exact_gradients(*inputs.tensors()),
+    "exact": lambda inputs: (
+        testing.exact_gradients(*inputs.tensors()) | _states(inputs, torch.float64)
+    ),
     "exact base": lambda inputs: testing.exact_gradients(*_without_adapter(inputs).tensors()),
-    "eager": lambda inputs: testing.eager_gradients(*inputs.tensors()),
+    "exact dropout": lambda inputs: _dropout(testing.exact_gradients, inputs),
+    "eager": lambda inputs: (
+        testing.eager_gradients(*inputs.tensors()) | _states(inputs, inputs.x.dtype)
+    ),
+    "dropout": lambda inputs: _dropout(testing.eager_gradients, inputs),
     "base": lambda inputs: testing.eager_gradients(*_without_adapter(inputs).tensors()),
     "merged": _merged,
 }

@@ -84,22 +84,38 @@ def microseconds(call) -> float:
     return statistics.median(means)
 
 
-def measure_path(path: str, tokens: int) -> dict:
-    """Microseconds of the module's forward with gradients recorded, and of the function without."""
+def measure_path(path: str, tokens: int, device: str = "cpu", goes_deeper: bool = False) -> dict:
+    """Microseconds of the module's forward with gradients recorded, and of the function without.
+
+    path: one of config.PATHS, or "aten". goes_deeper: also of the operator below the function, and
+    of the launches alone that it replays: the rest of it is dispatch and allocation.
+    """
     import torch
 
-    from fused_lora import FusedLoRALinear, lora_linear
-    from fused_lora.kernels import config
+    from fused_lora import FusedLoRALinear, lora_linear, ops
+    from fused_lora.kernels import config, tape
 
-    config.PATH = path
-    layer = FusedLoRALinear(512, 512, bias=False, dtype=torch.bfloat16, r=16, backend="triton")
-    x = torch.randn(tokens, 512, dtype=torch.bfloat16, requires_grad=True)
+    backend = "aten" if path == "aten" else "triton"
+    config.PATH = "auto" if path == "aten" else path
+    options = {"dtype": torch.bfloat16, "device": device}
+    layer = FusedLoRALinear(512, 512, bias=False, r=16, backend=backend, **options)
+    x = torch.randn(tokens, 512, requires_grad=True, **options)
     tensors = (layer.weight, layer.lora_A, layer.lora_B)
     row = {"path": path, "module_forward_us": microseconds(lambda: layer(x))}
     with torch.no_grad():
-        row["function_no_grad_us"] = microseconds(
-            lambda: lora_linear(x, *tensors, backend="triton")
-        )
+        row["function_no_grad_us"] = microseconds(lambda: lora_linear(x, *tensors, backend=backend))
+        if not goes_deeper:
+            return row
+        tape.forget()
+        given = dict(zip(("x", "weight", "lora_A", "lora_B"), (x, *tensors), strict=True))
+        given |= {"scaling": 1.0, "dropout_p": 0.0, "backend": backend, "for_backward": False}
+        given["adapters"] = []
+        arguments = [given.get(a.name) for a in ops.forward._schema.arguments]
+        row["operator_us"] = microseconds(lambda: ops.forward(*arguments))
+        (recorded,) = tape._tapes.values()
+        addresses = [t.data_ptr() for t in (x, *tensors)]
+        addresses += [0] * (recorded.inputs - len(addresses))  # what was not given
+        row["replay_us"] = microseconds(lambda: recorded.replay(x, addresses.copy()))
     return row
 
 

@@ -103,17 +103,16 @@ def losses(rows: list[Row]) -> list[tuple[Row, Row]]:
 
 
 def save(path: Path, meta: dict[str, Any], rows: list[Any]) -> None:
+    write_json(path, {"meta": meta, "rows": [dataclasses.asdict(row) for row in rows]})
+
+
+def write_json(path: Path, document: Any) -> None:
     """Write the file so that a reader, or an interruption, never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w") as file:
-            json.dump(
-                {"meta": meta, "rows": [dataclasses.asdict(row) for row in rows]},
-                file,
-                indent=1,
-                allow_nan=False,
-            )
+            json.dump(document, file, indent=1, allow_nan=False)
             file.write("\n")
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)

@@ -1,0 +1,213 @@
+"""The steps of the campaign that are no comparison of kernels: correctness, host time, memory.
+
+compute-sanitizer --tool memcheck python benchmarks/checkups.py     every kernel, small shapes
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+TOOLS = ("memcheck", "racecheck")
+HOST_GOAL_US, MEMORY_GOAL_MIB = 30.0, 24.0
+
+
+def run(step: str, record: Any, deadline: float, dry_run: bool) -> int:
+    """Do the parts of a step that are left and print what is known. Returns 1 if one failed.
+
+    record: a campaign.Record; a part is a row of it.
+    """
+    parts = STEPS[step]()
+    if dry_run:
+        print("\n".join(parts))
+        return 0
+    finished = {row["name"] for row in record["rows"] if row["ok"] is not None}
+    for name, part in parts.items():
+        left = deadline - time.time()
+        if name in finished or left < 20:
+            continue
+        print(f"{step}: {name}", flush=True)
+        try:
+            row = part(record.path.parent, left)
+        except Exception as error:
+            row = {"ok": False, "note": f"{type(error).__name__}: {error}"}
+        record.add(step, [{"name": name, **row}])
+    for row in record["rows"]:
+        verdict = {True: "ok", False: "FAILED", None: "n/a"}[row["ok"]]
+        figures = {k: v for k, v in row.items() if k not in ("group", "name", "ok", "note")}
+        print(f"  {row['name']:44s} {verdict:7s} {figures or ''} {row.get('note') or ''}")
+    print(f"{len(record['rows'])} of {len(parts)} parts done; written: {record.path}")
+    return int(any(row["ok"] is False for row in record["rows"]))
+
+
+Part = Callable[[Path, float], dict[str, Any]]  # (folder of logs, seconds left) -> row
+
+
+def _correct() -> dict[str, Part]:
+    """Ordering, graphs, streams, memory; 10,000 launches; the sanitizer; then all numerics."""
+    gpu = ["tests/test_gpu.py", "-m", "gpu"]
+    parts: dict[str, Part] = {
+        "ordering, graphs, streams": _pytest([*gpu, "-k", "not training_sizes and not thousand"]),
+        "training sizes on every path": _pytest([*gpu, "-k", "training_sizes"]),
+        "10,000 launches are bit-equal": _pytest([*gpu, "-k", "ten_thousand"]),
+    }
+    parts |= {f"compute-sanitizer {tool}": _sanitizer(tool) for tool in TOOLS}
+    workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        text = path.read_text()
+        if "mark.kernels" in text or ("mark.gpu" in text and path.name != "test_gpu.py"):
+            arguments = [f"tests/{path.name}", "-m", "(gpu or kernels) and not slow", *workers]
+            parts[path.name] = _pytest(arguments)
+    return parts
+
+
+def _pytest(arguments: list[str]) -> Part:
+    def part(folder: Path, seconds: float) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as temporary:
+            report = Path(temporary) / "junit.xml"
+            options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            command = [sys.executable, "-m", "pytest", *options, *arguments]
+            code = _logged(command, folder, seconds)
+            if code is None:
+                return {"ok": False, "note": "out of time"}
+            counts = _counts(report)
+        # 5: nothing was selected
+        return {"ok": code in (0, 5), **counts, "note": f"pytest {' '.join(arguments)}"}
+
+    return part
+
+
+def _counts(report: Path) -> dict[str, Any]:
+    root = xml.etree.ElementTree.parse(report).getroot()
+    suite = root if root.tag == "testsuite" else root[0]
+    failed = [
+        case.get("name")
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return {name: int(suite.get(name, 0)) for name in ("tests", "skipped")} | {"failed": failed}
+
+
+def _sanitizer(tool: str) -> Part:
+    def part(folder: Path, seconds: float) -> dict[str, Any]:
+        if not Path(SANITIZER).exists():
+            return {"ok": None, "note": "compute-sanitizer is not installed"}
+        command = [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__]
+        # torch's caching allocator would hide an access behind the end of a tensor
+        code = _logged(command, folder, seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        note = {None: "out of time", 9: f"{tool} found errors, see the log"}.get(code)
+        return {"ok": code == 0, "note": note or f"exit status {code}"}
+
+    return part
+
+
+def _logged(
+    command: list[str], folder: Path, seconds: float, environment: dict[str, str] | None = None
+) -> int | None:
+    """The exit status of a command, its output in correct.log; None if the time ran out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "correct.log", "a") as log:
+        print(f"\n$ {' '.join(command)}", file=log, flush=True)
+        try:
+            return subprocess.run(
+                command,
+                cwd=ROOT,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **(environment or {})},
+                timeout=seconds,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return None
+
+
+def _host() -> dict[str, Part]:
+    return {f"host time, {path}": _host_time(path) for path in ("pdl", "serial", "decode", "aten")}
+
+
+def _host_time(path: str) -> Part:
+    def part(folder: Path, seconds: float) -> dict[str, Any]:
+        import host_time
+
+        tokens = 16 if path == "decode" else 256  # little work: the GPU must not hold up the host
+        row = host_time.measure_path(path, tokens, device="cuda", goes_deeper=path != "aten")
+        del row["path"]
+        return {"ok": row["function_no_grad_us"] <= HOST_GOAL_US, **row}
+
+    return part
+
+
+def _memory() -> dict[str, Part]:
+    names = ("triton", "aten", "addmm", "eager3")
+    return {f"extra memory of a step, {name}": _extra_memory(name) for name in names}
+
+
+def _extra_memory(compute: str) -> Part:
+    def part(folder: Path, seconds: float) -> dict[str, Any]:
+        import torch
+        from candidates import Layer, operands
+        from protocol import peak_bytes
+        from providers import Merged, random_inputs
+        from results import Case
+
+        device = torch.device("cuda")
+        case = Case("fwd+bwd", 8192, 4096, 4096, 64, "bfloat16")
+        inputs = random_inputs(case, device, torch.Generator(device).manual_seed(0))
+        layer = Layer(compute, compute, "fwd+bwd").prepare(operands(inputs))
+        frozen = Merged().build(inputs).call("fwd+bwd", inputs.dy)
+        peaks = []
+        for call in (layer, frozen):
+            call()
+            peaks.append(peak_bytes(call, device))
+        extra = round((peaks[0] - peaks[1]) / 2**20, 2)
+        # dX, dA and dB are results; S, dS (bf16) and the split partials (fp32) are the scratch
+        return {"ok": compute != "triton" or extra <= MEMORY_GOAL_MIB, "extra_mib": extra}
+
+    return part
+
+
+STEPS: dict[str, Callable[[], dict[str, Part]]] = {
+    "correct": _correct,
+    "host": _host,
+    "memory": _memory,
+}
+
+
+def small_shapes() -> list[str]:
+    """Every path forward and backward on small ragged shapes, held to the rule; the violations."""
+    import functools
+
+    import torch
+
+    from fused_lora import lora_linear, testing
+    from fused_lora.kernels import config, tape
+
+    found = []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fused = functools.partial(lora_linear, backend="triton")
+    for path in config.PATHS:
+        for M, dtype, p in ((16, "bfloat16", 0.0), (200, "bfloat16", 0.0), (200, "float32", 0.25)):
+            config.PATH = path
+            tape.forget()
+            case = testing.make_case(M, 328, 200, 16, getattr(torch, dtype), device=device)
+            options = {"dropout_p": p, "seed": torch.tensor(3, device=device)} if p else {}
+            found += [f"{path}: {v}" for v in testing.violations_of(fused, case, **options)]
+    return found
+
+
+if __name__ == "__main__":
+    violations = small_shapes()
+    print("\n".join(violations) or "every path is right on small shapes")
+    sys.exit(bool(violations))

@@ -1,0 +1,285 @@
+"""What each step of the campaign measures, and what is predicted for it (docs: results/LOG.md).
+
+Predictions are arithmetic: a discrete-event model of an H100 (132 SMs, 650 TFLOP/s, 100 GB/s
+streamed by an SM), made before anything ran on a GPU. They stand here so that they cannot be
+adjusted afterwards without anyone seeing it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from candidates import Candidate, Layer, Path, Product, RankGrad, Shrink
+from results import Case
+from trial import Group
+
+from fused_lora.kernels import config
+
+H100 = config.Device("no GPU: sizes of an H100", "cuda", 90, 132)
+SQUARE, UP, DOWN = (8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096)  # M, K, N
+NARROW = (8192, 4096, 1024)
+FWD, DX = ("fwd",), ("dx",)
+PLAIN = "plain"  # our product without adapter, the yardstick of the model
+
+# time over our own plain product, forward: {shape: {path: {rank: ratio}}}
+MODEL = {
+    SQUARE: {
+        "pdl": {16: 1.020, 64: 1.020, 128: 1.035},
+        "serial": {16: 1.078, 64: 1.078, 128: 1.093},
+        "producer": {16: 1.056, 64: 1.078},
+        "single": {16: 1.115, 64: 1.26},
+    },
+    UP: {
+        "pdl": {16: 1.017, 64: 1.017},
+        "serial": {16: 1.033, 64: 1.033},
+        "producer": {16: 1.040, 64: 1.055},
+        "single": {16: 1.115, 64: 1.26},
+    },
+    DOWN: {
+        "pdl": {16: 1.006, 64: 1.006},
+        "serial": {16: 1.061, 64: 1.061},
+        "producer": {16: 1.030, 64: 1.045},
+        "single": {16: 1.115, 64: 1.26},
+    },
+    NARROW: {
+        "pdl": {16: 1.25, 64: 1.25},
+        "serial": {16: 1.27, 64: 1.27},
+        "producer": {16: 1.12, 64: 1.18},
+        "single": {16: 1.115, 64: 1.26},
+    },
+}
+PLAIN_GAP = 1.025  # our plain product over the library's, from published kernels
+GLUON_GAP = 1.0
+DECODE = {4096: 1.03, 14336: 1.013}  # by N, K = 4096, r = 16
+RANK_GRAD_SHARE = 0.131  # of dX, at SQUARE and r = 16
+
+
+def _case(mode: str, shape: tuple[int, int, int], r: int) -> Case:
+    M, K, N = shape
+    return Case(mode, M, K, N, r, "bfloat16")
+
+
+def _tiles(op: str) -> list:
+    return config.defaults()["sm_90"]["16"][op]
+
+
+def plan_of(path: str, device: config.Device, case: Case, direction: str = "fwd") -> config.Product:
+    """The library's own plan for a path, as if FUSED_LORA_PATH named it."""
+    N, K = (case.N, case.K) if direction == "fwd" else (case.K, case.N)
+    forced, config.PATH = config.PATH, path
+    try:
+        plan = config.choose_product(
+            device,
+            16,
+            case.M,
+            N,
+            K,
+            case.r,
+            dropout=False,
+            masked_output=False,
+            describable=True,
+            adapter_describable=True,
+        )
+    finally:
+        config.PATH = forced
+    assert plan.path == path, f"{case} cannot take {path}: {plan.reason}"
+    return plan
+
+
+def _forms() -> dict[str, tuple[str, config.Matmul]]:
+    """Our forms of the plain product: {name: (op, tiles)}."""
+    wide = config.Matmul(128, 256, 64, 8, 8, 3)
+    gluon = _tiles("matmul_gluon")
+    return {
+        "descriptor 128x256": ("matmul_descriptor", wide),
+        "descriptor 128x256, y in halves": ("matmul_descriptor", replace(wide, STORE_PARTS=2)),
+        "descriptor 128x256, 4 stages, halves": (
+            "matmul_descriptor",
+            replace(wide, num_stages=4, STORE_PARTS=2),
+        ),
+        "descriptor 128x128": ("matmul_descriptor", _tiles("matmul_descriptor")[1]),
+        "gluon specialised 128x256": ("matmul_gluon", gluon[0]),
+        "gluon pipelined 128x256": ("matmul_gluon", gluon[1]),
+        "gluon specialised 128x128": ("matmul_gluon", gluon[2]),
+        "pointers 128x128": ("matmul", _tiles("matmul")[0]),
+    }
+
+
+def plain(device: config.Device) -> list[Group]:
+    """Our product without adapter against the library's: below 97 % of it, find out why first."""
+    groups = []
+    shapes = [SQUARE, UP, DOWN, NARROW, (2048, 4096, 4096), (8192, 5120, 5120)]
+    for shape, direction in [*((s, "fwd") for s in shapes), *((s, "dx") for s in shapes[:3])]:
+        case = _case(direction, shape, 16)
+        groups.append(
+            Group(
+                f"plain {case}",
+                case,
+                (direction,),
+                [
+                    Product(name, (direction,), op, tiles, adapter=False)
+                    for name, (op, tiles) in _forms().items()
+                ],
+                {"descriptor 128x256": PLAIN_GAP, "gluon specialised 128x256": GLUON_GAP},
+                goal=1.03,
+            )
+        )
+    return groups
+
+
+def paths(device: config.Device) -> list[Group]:
+    """Every way to add the adapter, side by side; keep one per regime."""
+    groups = []
+    goals = {16: 1.03, 64: 1.05}
+    cases = [(SQUARE, 16, "fwd"), (SQUARE, 64, "fwd"), (NARROW, 16, "fwd"), (NARROW, 64, "fwd")]
+    cases += [(UP, 16, "fwd"), (DOWN, 16, "fwd"), (SQUARE, 16, "dx"), (UP, 64, "fwd")]
+    cases += [(DOWN, 64, "fwd"), (SQUARE, 128, "fwd")]
+    for shape, r, direction in cases:
+        case, directions = _case(direction, shape, r), (direction,)
+        model = MODEL[shape]
+        names = [name for name in ("pdl", "serial", "producer", "single") if r in model[name]]
+        plans = {name: plan_of(name, device, case, direction) for name in names}
+        plans["gluon"] = plan_of("gluon", device, case, direction)
+        plans["gluon pipelined"] = replace(plans["gluon"], matmul=_tiles("matmul_gluon")[1])
+        halves = replace(plans["pdl"].matmul, STORE_PARTS=2)
+        plans["pdl, y in halves"] = replace(plans["pdl"], matmul=halves)
+        tiles = plans["pdl"].matmul
+        candidates: list[Candidate] = [
+            Product(PLAIN, directions, "matmul_descriptor", tiles, adapter=False),
+            Product("S given", directions, "matmul_descriptor", tiles, adapter=True),
+            *(Path(name, directions, plan) for name, plan in plans.items()),
+        ]
+        if direction == "fwd":
+            candidates += [Layer(name, name, "fwd") for name in ("aten", "addmm")]
+        groups.append(
+            Group(
+                f"paths {case}",
+                case,
+                directions,
+                candidates,
+                {name: model[name][r] for name in names},
+                yardstick=PLAIN,
+                goal=1.12 if shape == NARROW else goals.get(r),
+            )
+        )
+    return groups
+
+
+def shrink(device: config.Device) -> list[Group]:
+    """How many SMs shrink should get, behind or beside the product, and what it draws alone."""
+    groups = []
+    M, K, _ = SQUARE
+    default = _tiles("shrink")[0]
+    smaller = replace(default, BLOCK_M=64)
+    for r in (16, 64):
+        case = _case("fwd", SQUARE, r)
+        programs = [1, 8, 32, M // default.BLOCK_M]
+        groups.append(
+            Group(
+                f"shrink alone {case}",
+                case,
+                FWD,
+                [
+                    *(Shrink(f"{n} programs", FWD, default, n) for n in programs),
+                    Shrink("128 programs of 64 rows", FWD, smaller, 128),
+                    Shrink("32 programs of 64 rows", FWD, smaller, 32),
+                ],
+                {"1 programs": 32.0, "8 programs": 4.0, "64 programs": 1.0},
+                yardstick="32 programs",
+                bytes=2 * M * K,
+            )
+        )
+        pdl = plan_of("pdl", device, case)
+        assert pdl.matmul is not None
+        tiles = -(-M // pdl.matmul.BLOCK_M) * -(-case.N // pdl.matmul.BLOCK_N)
+        free = -tiles % device.sm_count
+        counts = sorted({8, 16, max(1, free - 8), free, free + 1, free + 16, M // default.BLOCK_M})
+        window = {f"pdl {n} SMs": 1.020 if 16 <= n <= free else 1.07 for n in counts if n >= 16}
+        candidates: list[Candidate] = [
+            Product(PLAIN, FWD, "matmul_descriptor", pdl.matmul, adapter=False)
+        ]
+        for label, path in (("pdl", "pdl"), ("one after the other", "serial")):
+            candidates += [
+                Path(f"{label} {n} SMs", FWD, replace(pdl, path=path, shrink_programs=n))
+                for n in (counts if path == "pdl" else (free, counts[-1]))
+            ]
+        every = replace(pdl, shrink=smaller, shrink_programs=device.sm_count)
+        candidates.append(Path("pdl all SMs, 64 rows", FWD, every))
+        groups.append(
+            Group(
+                f"shrink window {case}",
+                case,
+                FWD,
+                candidates,
+                window | {f"one after the other {counts[-1]} SMs": 1.078},
+                yardstick=PLAIN,
+            )
+        )
+    return groups
+
+
+def backward(device: config.Device) -> list[Group]:
+    """rank_grad alone, dX, and the whole training step with and without dropout."""
+    groups = []
+    default = _tiles("rank_grad")[0]
+    forms = {
+        "64x64": default,
+        "64x128": replace(default, BLOCK_C=128),
+        "128x64": replace(default, BLOCK_M=128),
+        "128x128": config.RankGrad(128, 128, 8, 2),
+        "64x128, 8 warps": config.RankGrad(64, 128, 8, 3),
+        "64x128, 2 stages": replace(default, BLOCK_C=128, num_stages=2),
+    }
+    for shape, r in ((SQUARE, 16), (SQUARE, 64), (UP, 16), (DOWN, 16)):
+        case = _case("dx", shape, r)
+        ranks = [RankGrad(f"rank_grad {name}", tiles) for name, tiles in forms.items()]
+        first = {"rank_grad 64x64": RANK_GRAD_SHARE} if (shape, r) == (SQUARE, 16) else {}
+        M, K, N = shape
+        groups.append(Group(f"rank_grad {case}", case, DX, ranks, first, bytes=2 * M * (K + N)))
+    step = (2 * MODEL[SQUARE]["pdl"][16] * PLAIN_GAP + RANK_GRAD_SHARE) / 2
+    for shape, r in ((SQUARE, 16), (UP, 16), (DOWN, 16), (SQUARE, 64)):
+        case = _case("fwd+bwd", shape, r)
+        layers = [
+            *(Layer(path, "triton", "fwd+bwd", path) for path in ("pdl", "gluon", "serial")),
+            *(Layer(name, name, "fwd+bwd") for name in ("aten", "addmm", "eager3")),
+            Layer("dropout", "triton", "fwd+bwd", dropout=True),
+        ]
+        first = {"pdl": round(step, 3)} if (shape, r) == (SQUARE, 16) else {}
+        goal = 1.07 if r == 16 else None
+        groups.append(Group(f"step {case}", case, ("fwd", "dx"), layers, first, goal=goal))
+    return groups
+
+
+def decode(device: config.Device) -> list[Group]:
+    """Few tokens: how W is cut into tiles and splits."""
+    groups = []
+    for r in (16, 64):
+        for N in (4096, 14336):
+            for M in (1, 16, 64):
+                case = _case("fwd", (M, 4096, N), r)
+                plan = plan_of("decode", device, case)
+                candidates: list[Candidate] = [
+                    Path(
+                        f"BLOCK_N {block} SPLITS {splits}",
+                        FWD,
+                        replace(plan, decode=config.Decode(block, 128, splits, 4, 3, 64)),
+                    )
+                    for block in (64, 128)
+                    for splits in (1, 2, 4, 8)
+                ]
+                candidates += [Path("pdl", FWD, plan_of("pdl", device, case))]
+                candidates += [Layer(name, name, "fwd") for name in ("aten", "addmm")]
+                best = "BLOCK_N 64 SPLITS 2" if N == 4096 else "BLOCK_N 64 SPLITS 1"
+                predicted = {best: DECODE[N]} if r == 16 else {}
+                goal = 1.05 if r == 16 else 1.08
+                groups.append(Group(f"decode {case}", case, FWD, candidates, predicted, goal=goal))
+    return groups
+
+
+GROUPS = {
+    "plain": plain,
+    "paths": paths,
+    "shrink": shrink,
+    "backward": backward,
+    "decode": decode,
+}
