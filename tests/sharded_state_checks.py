@@ -1,5 +1,5 @@
-"""What test_distributed asks of every rank about parameters that are shards: saved and loaded, built
-on the meta device, merged, refused."""
+"""What test_distributed asks of every rank about parameters that are shards: saved and loaded,
+built on the meta device, merged, refused."""
 
 import tempfile
 
