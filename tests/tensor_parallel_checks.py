@@ -228,6 +228,21 @@ def a_recomputed_block_gives_the_same_gradients_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def it_compiles_to_one_graph_that_gives_the_same():
+    for p in (0.0, 0.5):
+        model, _ = twins(lora_dropout=p)
+        split(model)
+        grads = []
+        for call in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            model.zero_grad()
+            x = inputs()
+            torch.manual_seed(5)
+            call(x).sin().sum().backward()
+            grads.append([x.grad, *(q.grad.to_local() for q in trainable(model).values())])
+        for ours, theirs in zip(*grads, strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 def it_runs_the_kernels():
     options = {"dtype": torch.float32, "backend": "triton"}
     model, alone = twins(**options)
@@ -265,5 +280,6 @@ TWO_RANKS = [
     *FOUR_RANKS[:-1],
     one_all_reduce_is_added_for_each_replicated_factor,
     a_recomputed_block_gives_the_same_gradients_bit_for_bit,
+    it_compiles_to_one_graph_that_gives_the_same,
     it_runs_the_kernels,
 ]
