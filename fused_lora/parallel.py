@@ -58,7 +58,7 @@ class _LoRAParallel(ParallelStyle):
             )
             setattr(module, name, nn.Parameter(split, parameter.requires_grad))
         module.__class__ = _ParallelLoRALinear
-        module._style = self  # type: ignore[assignment]
+        module._style, module._rank = self, device_mesh.get_local_rank()  # type: ignore[assignment]
         return module
 
 
@@ -109,10 +109,10 @@ class _ParallelLoRALinear(FusedLoRALinear):
     """A FusedLoRALinear on one rank of a mesh: its sizes are global, its parameters DTensors."""
 
     _style: _LoRAParallel
+    _rank: int
 
     def forward(self, x: Tensor) -> Tensor:
         style, mesh = self._style, self.weight.device_mesh  # type: ignore[attr-defined]
-        rank = mesh.get_local_rank()
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, [style.input_layouts], run_check=False)
         wanted = Shard(x.dim() - 1) if style.split_inputs else Replicate()
@@ -123,10 +123,10 @@ class _ParallelLoRALinear(FusedLoRALinear):
 
         weight, lora_A, lora_B = (_local(p) for p in (self.weight, self.lora_A, self.lora_B))
         bias = None if self.bias is None else _local(self.bias)
-        if bias is not None and style.split_inputs and rank > 0:
+        if bias is not None and style.split_inputs and self._rank > 0:
             # the first rank adds it; the others must still take part in reducing its gradient
             bias = F.pad(bias[:0], (0, self.out_features)) if bias.requires_grad else None
-        y = self._forward(x, weight, lora_A, lora_B, bias, self._seed(x, rank, mesh))
+        y = self._forward(x, weight, lora_A, lora_B, bias, self._seed(x, mesh))
 
         whole = torch.empty((*x.shape[:-1], self.out_features), device="meta")
         placement = Partial() if style.split_inputs else Shard(y.dim() - 1)
@@ -136,15 +136,18 @@ class _ParallelLoRALinear(FusedLoRALinear):
         y = y.redistribute(placements=[style.output_layouts])
         return y.to_local() if style.use_local_output else y
 
-    def _seed(self, x: Tensor, rank: int, mesh: DeviceMesh) -> Tensor | None:
+    def _seed(self, x: Tensor, mesh: DeviceMesh) -> Tensor | None:
         """One mask for a replicated input, another one for every rank's columns of a split one:
         whatever the ranks' generators are seeded with."""
         if not self.training or self.lora_dropout == 0.0:
             return None
         seed = dropout.draw_seed(x.device)
         if self._style.split_inputs:
-            return seed + rank
-        return distribute_tensor(seed, mesh, [Replicate()]).to_local()
+            return seed + self._rank
+        # the sum of the first rank's and zeros: a broadcast that torch.compile can trace
+        first = seed if self._rank == 0 else torch.zeros_like(seed)
+        shared = DTensor.from_local(first, mesh, [Partial()], run_check=False)
+        return shared.redistribute(placements=[Replicate()]).to_local()
 
 
 def _local(parameter: Tensor) -> Tensor:

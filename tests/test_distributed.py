@@ -1,17 +1,20 @@
 """DDP, FSDP2 and tensor parallelism give the numbers of one process: two and four gloo processes.
 
-The promises are functions that every rank runs, in `data_parallel_checks` and
-`tensor_parallel_checks`; the ranks are started once for all of them.
+The promises are functions that every rank runs, in `data_parallel_checks`,
+`tensor_parallel_checks` and `sharded_state_checks`; the ranks are started once for all of them.
 """
 
 import data_parallel_checks
 import pytest
 import ranks
+import sharded_state_checks
 import tensor_parallel_checks
 import torch
 
 CHECKS = {
-    2: data_parallel_checks.TWO_RANKS + tensor_parallel_checks.TWO_RANKS,
+    2: data_parallel_checks.TWO_RANKS
+    + tensor_parallel_checks.TWO_RANKS
+    + sharded_state_checks.TWO_RANKS,
     4: tensor_parallel_checks.FOUR_RANKS,
 }
 SECONDS = 300

@@ -1,0 +1,159 @@
+"""What test_distributed asks of every rank about parameters that are shards: saved and loaded,
+built on the meta device, merged, refused."""
+
+import tempfile
+
+import pytest
+import tensor_parallel_checks as tensor_parallel
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from data_parallel_checks import (
+    Model,
+    assert_close,
+    assert_trains_like_one_process,
+    data,
+    mine,
+    shard,
+    twins,
+    whole,
+)
+from tensor_parallel_checks import MLP, K, inputs, split, world_mesh
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+from fused_lora import FusedLoRALinear
+from fused_lora.parallel import ColwiseLoRAParallel, RowwiseLoRAParallel
+
+FULL = StateDictOptions(full_state_dict=True)
+
+
+def fsdp_state_dicts_are_those_of_one_process():
+    model, alone = twins()
+    expected = {name: value.clone() for name, value in alone.state_dict().items()}
+    shard(model)
+    assert_close(get_model_state_dict(model, options=FULL), expected)
+    other = shard(Model(dtype=torch.float64))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, dict(expected) if dist.get_rank() == 0 else {}, options=options)
+    assert_close(get_model_state_dict(other, options=FULL), expected)
+    for layer in (other.blocks[0].up, other.blocks[1].down):  # an adapter alone, as sharded tensors
+        layer.load_state_dict(
+            {k: layer.state_dict()[k] for k in ("lora_A", "lora_B")}, strict=False
+        )
+    assert_close(get_model_state_dict(other, options=FULL), expected)
+
+
+def fsdp_checkpoints_are_written_and_read_in_shards():
+    model, alone = twins()
+    shard(model)
+    torch.manual_seed(9)
+    other = shard(Model(dtype=torch.float64))
+    state = {"model": get_model_state_dict(other)}
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        dist.broadcast_object_list(folder)
+        dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder[0])
+        dcp.load(state, checkpoint_id=folder[0])
+        dist.barrier()
+    set_model_state_dict(other, state["model"])
+    assert_close(get_model_state_dict(other, options=FULL), dict(alone.state_dict()))
+
+
+def fsdp_builds_on_the_meta_device_and_refuses_to_run_before_it_has_adapters():
+    _, alone = twins()
+    x = mine(data()[0][0])
+
+    def materialised():
+        model = shard(Model(dtype=torch.float64, device="meta"))
+        model.to_empty(device="cpu")
+        return model
+
+    with pytest.raises(RuntimeError, match="reset_lora_parameters"):
+        materialised()(x)
+    model = materialised()
+    for block in model.blocks:
+        block.up.reset_lora_parameters()
+        block.down.reset_lora_parameters()
+        for layer in (block.up, block.down):
+            A = layer.lora_A.full_tensor()
+            assert 0.5 < A.abs().max() * layer.in_features**0.5 <= 1, "not initialised as a whole"
+    base = {name: value for name, value in alone.state_dict().items() if "lora" not in name}
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(model, base, options=options)
+    full = get_model_state_dict(model, options=FULL)
+    alone.load_state_dict({name: value.clone() for name, value in full.items()})
+    assert_trains_like_one_process(model, model, alone)
+
+
+def a_layer_outside_of_fsdps_forward_is_refused():
+    model, _ = twins()
+    shard(model)
+    with pytest.raises(TypeError, match="weight is a DTensor"):
+        model.blocks[0].up(mine(data()[0][0]))
+
+
+def a_split_layer_merges_and_unmerges_in_shards():
+    model, alone = tensor_parallel.twins()
+    split(model)
+    x = inputs().detach()
+    expected = alone(x)
+    base = model.up.weight
+    for layer in (model.up, model.down):
+        layer.merge()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(whole(model.up.weight), alone.up.merge().weight)
+    for layer in (model.up, model.down):
+        layer.unmerge()
+    assert model.up.weight is base
+    torch.testing.assert_close(model(x), expected)
+
+
+def split_layers_start_from_the_first_ranks_adapters():
+    model, alone = tensor_parallel.twins()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(dist.get_rank())
+    split(model)
+    torch.testing.assert_close(model(inputs()), alone(inputs()))
+
+
+def a_meta_layer_is_split_then_filled():
+    model, alone = tensor_parallel.twins()
+    empty = split(MLP(device="meta")).to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="reset_lora_parameters"):
+        empty(inputs())
+    empty.up.reset_lora_parameters()
+    assert empty.up.lora_A.full_tensor().abs().max() <= K**-0.5
+    split(model)
+    empty.load_state_dict(model.state_dict())
+    torch.testing.assert_close(empty(inputs()), alone(inputs()))
+
+
+def what_cannot_be_split_is_refused():
+    mesh = world_mesh()
+    for plan, module, error, words in (
+        (ColwiseLoRAParallel(), nn.Linear(4, 4), TypeError, "got Linear; for an nn.Linear take"),
+        (RowwiseLoRAParallel(), FusedLoRALinear(4, 4).merge(), RuntimeError, r"call unmerge\(\)"),
+        (ColwiseParallel(), FusedLoRALinear(4, 4), NotImplementedError, "only support nn.Linear"),
+    ):
+        with pytest.raises(error, match=words):
+            parallelize_module(module, mesh, plan)
+
+
+TWO_RANKS = [
+    fsdp_state_dicts_are_those_of_one_process,
+    fsdp_checkpoints_are_written_and_read_in_shards,
+    fsdp_builds_on_the_meta_device_and_refuses_to_run_before_it_has_adapters,
+    a_layer_outside_of_fsdps_forward_is_refused,
+    a_split_layer_merges_and_unmerges_in_shards,
+    split_layers_start_from_the_first_ranks_adapters,
+    a_meta_layer_is_split_then_filled,
+    what_cannot_be_split_is_refused,
+]
