@@ -209,7 +209,7 @@ def shrink(
     r = a.shape[0]
     block_r = config.block_r(S.shape[1])
     if adapters is not None and seed is not None:
-        block_r = min(block_r, 64)  # the mask and 128 columns spill
+        block_r = min(block_r, 32)  # more columns beside the mask would spill
     launch(
         shrink_kernel,
         (max(1, programs), cdiv(S.shape[1], block_r), 1),
