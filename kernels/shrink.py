@@ -101,10 +101,9 @@ def shrink_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # [M, r]
         columns_k = K
         if ids_ptr is not None:
-            wanted = adapters.any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
-            if STORE_MASK:
-                wanted |= pid_r == 0
-            columns_k = tl.where(wanted, K, 0)  # a tile that nobody wants is zero: x is not read
+            if not DROPOUT:  # a tile that nobody wants is zero: x is not read
+                wanted = adapters.any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
+                columns_k = tl.where(wanted, K, 0)
         for k in tl.range(0, columns_k, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             inside_k = offs_k < K
