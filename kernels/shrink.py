@@ -101,10 +101,9 @@ def shrink_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # [M, r]
         columns_k = K
         if ids_ptr is not None:
-            wanted = adapters.any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
-            if STORE_MASK:
-                wanted |= pid_r == 0
-            columns_k = tl.where(wanted, K, 0)  # a tile that nobody wants is zero: x is not read
+            if not DROPOUT:  # a tile that nobody wants is zero: x is not read
+                wanted = adapters.any_wanted(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
+                columns_k = tl.where(wanted, K, 0)
         for k in tl.range(0, columns_k, BLOCK_K):
             offs_k = k + tl.arange(0, BLOCK_K)
             inside_k = offs_k < K
@@ -209,7 +208,7 @@ def shrink(
     r = a.shape[0]
     block_r = config.block_r(S.shape[1])
     if adapters is not None and seed is not None:
-        block_r = min(block_r, 64)  # the mask and 128 columns spill
+        block_r = min(block_r, 32)  # more columns beside the mask would spill
     launch(
         shrink_kernel,
         (max(1, programs), cdiv(S.shape[1], block_r), 1),
