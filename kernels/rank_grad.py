@@ -57,7 +57,8 @@ def rank_grad_kernel(
 
     x [M, K], dS and S [M, >= r], dY [M, N]. Grid (column tiles of dA, then of dB; splits; rank
     blocks). counter: int32, one per (column tile, rank block), zero at launch. ids and owner as in
-    `adapters.py`: rows of tokens that want none of a block's columns are left out.
+    `adapters.py`: rows of tokens that want none of a block's columns are left out (under dropout
+    multiplied by the zeros of dS).
     """
     tile = tl.program_id(0)
     if WANT_A:
@@ -173,8 +174,9 @@ def _one_tile(
         rows = offs_m.to(tl.int64)[:, None]
         inside_p = (offs_m < M)[:, None] & inside_c[None, :]
         if ids_ptr is not None:
-            ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
-            inside_p &= ((ids >= low) & (ids <= high))[:, None]
+            if not DROPOUT:  # there it spills on Triton 3.6 for sm_86; zeros in dS select as well
+                ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
+                inside_p &= ((ids >= low) & (ids <= high))[:, None]
         p = tl.load(
             p_ptr + rows * stride_pm + offs_c[None, :],
             mask=inside_p,
