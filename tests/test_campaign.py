@@ -1,5 +1,5 @@
-"""The campaign's promises: every step can be listed, nothing wrong is timed, and what fails, dies or
-hangs costs its own row and nothing else."""
+"""The campaign's promises: every step can be listed, nothing wrong is timed, and what fails, dies
+or hangs costs its own row and nothing else."""
 
 import importlib
 import json
