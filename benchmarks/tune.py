@@ -319,7 +319,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         help="kernels that crash or hang, e.g. matmul_gluon,matmul_producer",
     )
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--dry-run", action="store_true", help="only list what would be tuned")
     args = parser.parse_args(arguments)
     deadline = time.time() + 60 * args.minutes
