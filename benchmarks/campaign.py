@@ -119,7 +119,7 @@ def work(groups: list[Group], record: Record, deadline: float, device: torch.dev
             sys.exit(3)
         record.add(group.name, rows)
         record.save(done=[*record["done"], group.name], running=None)
-        print("\n" + table(record, group), flush=True)
+        print(f"{len(record['done'])} of {len(groups)} done: {group.name}", flush=True)
 
 
 def watch(command: list[str], reload: Callable[[], Record], deadline: float) -> None:
@@ -154,10 +154,11 @@ def _wait(worker: subprocess.Popen, reload: Callable[[], Record], deadline: floa
     while worker.poll() is None:
         time.sleep(0.5)
         silent = time.time() - reload().path.stat().st_mtime
-        if silent > STALL_SECONDS or time.time() > deadline + RESERVE_SECONDS:
+        stalled = silent > STALL_SECONDS
+        if stalled or time.time() > deadline + RESERVE_SECONDS:
             worker.kill()
             worker.wait()
-            return f"hung: killed after {silent:.0f} s"
+            return f"hung: killed after {silent:.0f} s" if stalled else None
     return None if worker.returncode == 0 else f"died with exit status {worker.returncode}"
 
 
@@ -254,7 +255,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("step", choices=[*steps.GROUPS, *checkups.STEPS])
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--minutes", type=float, default=9.0, help="end before this")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--dry-run", action="store_true", help="only list what would be measured")
     parser.add_argument("--compile-only", action="store_true", help="only compile, for sm_90")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

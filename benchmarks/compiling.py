@@ -93,12 +93,13 @@ def _start() -> None:
     global _folder
     sys.path.insert(0, str(Path(__file__).parent))
     import host_time
+
+    _folder = tempfile.TemporaryDirectory()
+    host_time.build_stub(Path(_folder.name))  # before anything can load the real driver
+    host_time.use_stub()
     import torch
 
     torch.set_num_threads(1)
-    _folder = tempfile.TemporaryDirectory()
-    host_time.build_stub(Path(_folder.name))
-    host_time.use_stub()
     from fused_lora.kernels import launch
 
     launch.recording = _Recorder

@@ -139,7 +139,8 @@ def progress_bar(total: int) -> Any:
         from tqdm import tqdm
     except ImportError:
         return PlainProgress()
-    return tqdm(total=total, dynamic_ncols=True, file=sys.stderr)
+    interval = 0.1 if sys.stderr.isatty() else 10.0  # a log needs no animation
+    return tqdm(total=total, dynamic_ncols=True, file=sys.stderr, mininterval=interval)
 
 
 def selected(names: list[str]) -> list[Provider]:

@@ -169,6 +169,8 @@ def contenders(
     if item.op == "path":
         plans = {}
         for path in config.PATHS:
+            if ("path", path) in faults:
+                continue
             try:
                 plans[path] = steps.plan_of(path, device, item.case, item.directions[0])
             except AssertionError:  # it cannot run at these sizes
@@ -311,11 +313,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="end before this")
     parser.add_argument("--tokens", type=positive_list, default=TOKENS, help="powers of two")
     parser.add_argument("--ranks", type=positive_list, default=RANKS)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--skip",
+        type=lambda text: text.split(","),
+        default=[],
+        help="kernels that crash or hang, e.g. matmul_gluon,matmul_producer",
+    )
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--dry-run", action="store_true", help="only list what would be tuned")
     args = parser.parse_args(arguments)
     deadline = time.time() + 60 * args.minutes
-    todo = list(items(LAYERS, args.tokens, args.ranks))
+    todo = [i for i in items(LAYERS, args.tokens, args.ranks) if i.op not in args.skip]
     if args.dry_run:
         for item in todo:
             print(f"{item}: {len(GRIDS.get(item.op, ())) or 'the'} candidates")
@@ -328,7 +336,8 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [item for item in todo if not table.has(item)]
     seconds = COMPILE_SHARE * (deadline - time.time())
     faults = static_faults(todo, device, seconds, args.processes)
-    left = tune(todo, device, table, deadline, faults)
+    skipped = {("path", op.removeprefix("matmul_")): "--skip" for op in args.skip}
+    left = tune(todo, device, table, deadline, faults | skipped)
     print(f"{len(faults)} candidates left out by static facts; written: {table.paths[0]}")
     print(f"{left} entries are left: run it again" if left else "complete")
     return 0

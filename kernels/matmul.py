@@ -146,7 +146,7 @@ def matmul_kernel(
         if HAS_SCALING:
             scale *= tl.load(scaling_ptr)
         if ids_ptr is not None:
-            scale *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None, :]
+            side *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None, :]
             own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
             side = tl.where(own, side, 0.0)
         s = (side * scale).to(x_ptr.dtype.element_ty)

@@ -194,6 +194,15 @@ def test_a_worker_that_dies_or_hangs_goes_on_without_its_candidate(
     assert row["group"] == "g" and row["name"] == "bad" and note in row["note"]
 
 
+def test_a_candidate_is_not_blamed_for_the_end_of_the_time(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench.campaign, "RESERVE_SECONDS", 0.5)
+    path = tmp_path / "campaign-paths.json"
+    command = [sys.executable, "-c", textwrap.dedent(WORKER), str(path), "hang"]
+    load = lambda: bench.campaign.Record(tmp_path, "paths")  # noqa: E731
+    bench.campaign.watch(command, load, time.time() + 1)
+    assert load()["running"]["name"] == "bad" and load()["rows"] == []
+
+
 def test_a_worker_that_never_starts_is_not_tried_for_ever(bench, tmp_path):
     command = [sys.executable, "-c", "raise SystemExit(7)"]
     load = lambda: bench.campaign.Record(tmp_path, "paths")  # noqa: E731

@@ -163,6 +163,12 @@ def test_candidates_with_faults_are_not_measured_but_the_default_always_is(tune)
     assert name == next(iter(entrants))
 
 
+def test_a_kernel_that_is_skipped_is_no_path(tune):
+    item = next(i for i in tune.items(((4096, 4096),), (8192,), (16,)) if i.op == "path")
+    assert "gluon" in tune.contenders(item, H100, {})[1]
+    assert "gluon" not in tune.contenders(item, H100, {("path", "gluon"): "--skip"})[1]
+
+
 @pytest.mark.skipif(
     sys.platform != "linux" or not (shutil.which("cc") or shutil.which("gcc")),
     reason="needs Linux and a C compiler for the stub of libcuda",
