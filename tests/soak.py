@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, nn
 
 from fused_lora import FusedLoRALinear, reference
 
@@ -88,7 +89,12 @@ def train(
 def live_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    # (fake tensors, which a compiler may have left behind, hold nothing)
+    tensors = [
+        thing
+        for thing in gc.get_objects()
+        if issubclass(type(thing), Tensor) and not issubclass(type(thing), FakeTensor)
+    ]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora
-from fused_lora import aten_backend, testing, triton_delta
+from fused_lora import aten_backend, testing, triton_backend
 from fused_lora.delta import lora_delta
 from fused_lora.scale import Scale
 
@@ -157,9 +157,9 @@ def test_nothing_of_the_outputs_size_is_made_or_saved(backend, device):
     M, N, K, r = 16, 2048, 32, 4
     case = testing.make_case(M, N, K, r, torch.bfloat16, bias=False, device=device)
     scale, out = Scale(2.0, None), torch.zeros(M, N, dtype=torch.bfloat16, device=device)
-    module = triton_delta if backend == "triton" else aten_backend
+    module = triton_backend if backend == "triton" else aten_backend
     with Sizes() as sizes:
-        module.add_adapter(out, case.x, case.lora_A, case.lora_B, scale, 0.0, None)
+        module.add_adapter(out, case.x, case.lora_A, case.lora_B, scale, 0.0, None, None, True)
     assert out.any() and sizes.largest <= N * r  # lora_B itself
     saved = []
 

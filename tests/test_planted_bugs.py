@@ -89,8 +89,8 @@ SHRINK_AND_PORTABLE = (
     Bug(
         "dX without the adapter",
         triton_backend,
-        "lora_B.t(), lora_A, dx",
-        "lora_B.t(), lora_A * 0, dx",
+        "dy, weight, a, lora_A, dx",
+        "dy, weight, a, lora_A * 0, dx",
     ),
     Bug("S without the scale", triton_backend, "scale=scale.value * (1.0 ", "scale=(1.0 "),
 )

@@ -1,6 +1,7 @@
 """What a machine without a GPU can promise about the compiled kernels, for every shipped
 configuration, on every supported architecture, with the newest Triton and the oldest."""
 
+import functools
 import json
 import os
 import subprocess
@@ -27,30 +28,22 @@ SHARED_LIMIT = {
     "sm_120": 101_376,
     "gfx942": 65_536,
 }
-VERSIONS = [
-    "installed",
-    pytest.param(
-        "oldest",
-        marks=pytest.mark.skipif(
-            not OLD_TRITON, reason="FUSED_LORA_OLD_TRITON names no folder with the oldest Triton"
-        ),
-    ),
-]
+OLDEST = pytest.mark.skipif(
+    not OLD_TRITON, reason="FUSED_LORA_OLD_TRITON names no folder with the oldest Triton"
+)
+VERSIONS = ["installed", pytest.param("oldest", marks=OLDEST)]
+every_target = pytest.mark.parametrize("target", TARGETS)
+every_version = pytest.mark.parametrize("version", VERSIONS)
 
 
-@pytest.fixture(scope="module", params=VERSIONS)
-def triton_path(request):
-    return OLD_TRITON if request.param == "oldest" else None
-
-
-@pytest.fixture(scope="module", params=TARGETS)
-def facts(request, triton_path):
+@functools.cache
+def facts_of(target, version):
     """{case: facts} of one target, compiled in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    if triton_path:
-        environment["PYTHONPATH"] = triton_path
+    if version == "oldest":
+        environment["PYTHONPATH"] = OLD_TRITON
     done = subprocess.run(
-        [sys.executable, HERE / "compile_facts.py", request.param],
+        [sys.executable, HERE / "compile_facts.py", target],
         capture_output=True,
         text=True,
         env=environment,
@@ -60,26 +53,39 @@ def facts(request, triton_path):
     return json.loads(done.stdout)["facts"]
 
 
+@pytest.fixture
+def facts(target, version):
+    return facts_of(target, version)
+
+
 def failing(facts, judge, op=""):
     """The cases of `op` whose facts the judge does not accept, with those facts."""
     chosen = {case: found for case, found in facts.items() if op in case}
     return {case: found for case, found in chosen.items() if not judge(found)}
 
 
+@every_version
+@every_target
 def test_every_shipped_configuration_compiles(facts):
     assert len(facts) > 20
     assert not failing(facts, lambda found: "error" not in found)
 
 
+@every_version
+@every_target
 def test_nothing_spills(facts):
     assert not failing(facts, lambda found: found["stack"] == 0 and found["spills"] == 0)
 
 
+@every_version
+@every_target
 def test_shared_memory_fits_the_part(facts):
     limit = SHARED_LIMIT[next(iter(facts)).split()[0]]
     assert not failing(facts, lambda found: found["shared"] <= limit)
 
 
+@every_version
+@every_target
 def test_tensor_cores_are_used_and_never_serialized(facts):
     target = next(iter(facts)).split()[0]
     sixteen = {case: found for case, found in facts.items() if "16-bit" in case}
@@ -89,11 +95,11 @@ def test_tensor_cores_are_used_and_never_serialized(facts):
     assert not failing(facts, lambda found: not found.get("serialized"))
 
 
+@every_version
+@pytest.mark.parametrize("target", [t for t in TARGETS if t.values == ("sm_90",)])
 def test_descriptor_matmul_rides_one_pipeline_of_full_width(facts):
     """On sm_90: full-width wgmma, operands by TMA alone, and the wait between two pipelined loops.
     The adapter adds no tensor core instruction and no load to the loop of the plain product."""
-    if not next(iter(facts)).startswith("sm_90"):
-        pytest.skip("sm_90 alone has wgmma")
     cases = {case: found for case, found in facts.items() if "matmul_descriptor" in case}
     assert cases
     for case, found in cases.items():
