@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fused_lora import FusedLoRALinear, reference
 
