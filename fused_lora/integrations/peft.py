@@ -236,11 +236,9 @@ def _explain_layer(layer: Any, x: Tensor | None) -> str:
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             weight = next(layer.lora_A.parameters())
-        like = {
-            "dtype": weight.dtype,
-            "device": weight.device,
-        }  # a quantised tensor has no new_empty
-        x = torch.empty((1, layer.in_features), **like).expand(DEFAULT_TOKENS, -1)
+        # not weight.new_empty: quantised tensors have none
+        x = torch.empty((1, layer.in_features), dtype=weight.dtype, device=weight.device)
+        x = x.expand(DEFAULT_TOKENS, -1)
     state: _State = layer._fused_lora
     route = _route(layer, x, (), {}, state)
     text = f"{route.path} ({route.reason})"
@@ -265,10 +263,12 @@ def _route(
 ) -> _Route:
     """The path of this call. Read on every call, since all of it may change between two; modules
     and parameters come from their dictionaries, nn.Module's attribute access being slow."""
-    given = [name for name, value in kwargs.items() if value is not None]
-    names = kwargs.get("adapter_names")
-    if args or given != (["adapter_names"] if names is not None else []):
-        return _Route(PEFT, f"called with {', '.join(given) or 'more arguments'}")
+    names = None
+    if args or kwargs:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if args or given.keys() - {"adapter_names"}:
+            return _Route(PEFT, f"called with {', '.join(given) or 'more arguments'}")
+        names = given.get("adapter_names")
     if layer.disable_adapters:
         return _Route(PEFT, "adapters are disabled")
     if layer.merged:
@@ -301,6 +301,10 @@ def _route_of_mixed(layer: Any, x: Tensor, names: Sequence[str], state: _State) 
     why = why or _why_delta(base)
     for name in used:
         why = why or _why_peft(layer, modules, name, base, x, state)
+    if why is None:
+        parts = [modules[part]._modules[name] for part in ("lora_A", "lora_B") for name in used]
+        if len({part.weight.dtype for part in parts}) > 1:
+            why = "adapters of several dtypes"
     if why is not None:
         return _Route(PEFT, f"called with adapter_names, {why}")
     return _Route(FULL, f"an adapter for each sample, {type(base).__name__} base", used)
@@ -321,9 +325,6 @@ def _why_mixed_peft(
             return "dropout is active"
         if isinstance(layer.scaling[name], Tensor):
             return "scaling is a tensor"
-    parts = [modules[part]._modules[name] for part in ("lora_A", "lora_B") for name in used]
-    if len({module.weight.dtype for module in parts}) > 1:
-        return "adapters of several dtypes"
     return None
 
 
