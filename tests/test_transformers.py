@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("peft", reason="needs the extra `peft`")
 
+import peft
 import transformers
 from peft import LoraConfig, get_peft_model
 
@@ -156,6 +157,24 @@ def test_generation_with_the_cache_gives_the_same_tokens(merged):
     if merged:
         calls = {"full": 0, "delta": 0, "peft": 10 * LAYERS}
     assert fused.call_counts(model) == calls
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_an_adapter_for_each_sequence_gives_the_same_tokens(beams):
+    if beams > 1 and peft.__version__.startswith("0.18"):
+        pytest.skip("PEFT 0.18 takes decoders of today's transformers for encoders")
+    model = llama(**LORA).eval()
+    model.add_adapter("other", LoraConfig(**LORA | {"r": 3}))
+    prompt = torch.tensor([[5, 6, 7], [0, 8, 9], [5, 6, 7]])
+    arguments = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 5, "num_beams": beams}
+    arguments |= {"do_sample": False, "eos_token_id": None, "input_ids": prompt}
+    arguments["adapter_names"] = ["default", "__base__", "other"]
+    expected = model.generate(**arguments)
+    assert not torch.equal(expected[0], expected[2])
+    fused.patch(model)
+    assert torch.equal(model.generate(**arguments), expected)
+    counts = fused.call_counts(model)
+    assert counts["full"] >= 5 * LAYERS and counts["peft"] == counts["delta"] == 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
