@@ -1,5 +1,6 @@
 """What a training step keeps and what it needs: bytes saved for backward, and peak memory, of one
-layer and of a model, frozen and with LoRA in plain PyTorch, in PEFT and fused.
+layer and of a model, frozen and with LoRA in plain PyTorch, in PEFT and fused, on plain bases and
+on those of bitsandbytes.
 
     python benchmarks/memory.py [--quick]
 
@@ -25,9 +26,11 @@ from providers import Unavailable
 from torch import Tensor, nn
 
 from fused_lora import FusedLoRALinear
+from fused_lora.quantized import QuantizedLoRALinear
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FROZEN, FUSED = "frozen", "fused"
+PLAIN, NF4, INT8 = "plain", "nf4", "int8"
 PROVIDERS = (FROZEN, "eager3", "peft", "peft (fp32 adapters)", FUSED, "fused (fp32 adapters)")
 
 
@@ -41,12 +44,13 @@ class Case:
     r: int
     dtype: str
     dropout: float
+    base: str = PLAIN
 
     def __str__(self) -> str:
         what = f"{self.blocks} decoder blocks" if self.blocks else "one layer"
         return (
             f"{what}, width {self.width}, {self.M} tokens, r={self.r}, {self.dtype}, "
-            f"dropout {self.dropout:g}"
+            f"dropout {self.dropout:g}" + ("" if self.base == PLAIN else f", {self.base} base")
         )
 
 
@@ -60,6 +64,7 @@ class Row:
     r: int
     dtype: str
     dropout: float
+    base: str
     provider: str
     saved_mib: float | None = None
     saved_over_frozen_mib: float | None = None
@@ -107,8 +112,10 @@ def build(case: Case, provider: str, device: torch.device) -> nn.Module:
     """The frozen model of the case with the provider's adapters around all its linear layers.
 
     Raises:
-        Unavailable: a library is missing.
+        Unavailable: a library is missing, or the provider knows no such base.
     """
+    if case.base != PLAIN and provider == "eager3":
+        raise Unavailable("it takes plain weights")
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(0)
     with torch.device(device):
@@ -117,6 +124,8 @@ def build(case: Case, provider: str, device: torch.device) -> nn.Module:
         else:
             parts = [nn.Linear(case.width, case.width, bias=False)]
     model = nn.Sequential(*parts).to(dtype).requires_grad_(False)
+    if case.base != PLAIN:
+        quantise(model, case.base, dtype, device)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     adapter_dtype = torch.float32 if "fp32" in provider else dtype
     options = {"r": case.r, "lora_alpha": 2 * case.r, "lora_dropout": case.dropout}
@@ -135,10 +144,35 @@ def build(case: Case, provider: str, device: torch.device) -> nn.Module:
             linear = model.get_submodule(name)
             if provider == "eager3":
                 layer: nn.Module = Eager3(linear, case.r, case.dropout)
+            elif case.base != PLAIN:
+                layer = QuantizedLoRALinear(linear, **options, adapter_dtype=adapter_dtype)
             else:
                 layer = FusedLoRALinear.from_linear(linear, **options, adapter_dtype=adapter_dtype)
             setattr(model.get_submodule(parent), child, layer)
     return model.train()
+
+
+def quantise(model: nn.Module, base: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Put a layer of bitsandbytes in the place of every linear layer of `model`, and mark the model
+    as transformers does, which is what PEFT looks at."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise Unavailable("bitsandbytes is not installed") from None
+    for name, linear in list(model.named_modules()):
+        if type(linear) is not nn.Linear:
+            continue
+        size = linear.in_features, linear.out_features
+        if base == NF4:
+            layer = bitsandbytes.nn.Linear4bit(
+                *size, bias=False, compute_dtype=dtype, quant_type="nf4"
+            )
+        else:
+            layer = bitsandbytes.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
+        layer.load_state_dict({"weight": linear.weight.cpu()})  # quantised on its way to the device
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.to(device).requires_grad_(False))
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = base == NF4, base == INT8
 
 
 def measure(case: Case, provider: str, device: torch.device) -> Row:
@@ -234,12 +268,18 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     if quick:
         layer, model = (64, 64, 0), (16, 64, 1)
         dtypes, dropouts = ("bfloat16",), (0.05,)
-    return [
+    plain = [
         Case(*sizes, r=16, dtype=dtype, dropout=dropout)
         for sizes in (layer, model)
         for dtype in dtypes
         for dropout in dropouts
     ]
+    quantised = [
+        Case(*sizes, r=16, dtype="bfloat16", dropout=dropouts[-1], base=base)
+        for sizes in (layer, model)
+        for base in (NF4, INT8)
+    ]
+    return plain + quantised
 
 
 def main(arguments: list[str] | None = None) -> int:

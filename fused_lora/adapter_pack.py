@@ -6,11 +6,13 @@ replacing or removing one moves no other and a captured CUDA graph sees the chan
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused_lora.scale import NOBODY, RANK_PADDING, Adapters
@@ -276,3 +278,62 @@ class AdapterPack(nn.Module):
 
 def _blocks_of(r: int) -> int:
     return -(-r // RANK_PADDING)
+
+
+class CallPack(NamedTuple):
+    """A pack for one call, see `pack_for_call`."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    owner: Tensor
+    scaling: Tensor
+    window: Tensor
+
+    def for_tokens(self, ids: Tensor) -> Adapters:
+        return Adapters(ids, self.owner, self.scaling, self.window)
+
+
+def pack_for_call(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> CallPack:
+    """Adapters (lora_A [r, K], lora_B [N, r], scaling) of one dtype and device, with ids 0, 1, ...,
+    for one call of `multi_lora_linear`. The factors are copied, so that later changes of theirs do
+    not reach this pack, and gradients flow back to them. Finiteness is not checked."""
+    ranks = tuple(lora_A.shape[0] for lora_A, _, _ in adapters)
+    pads = [_blocks_of(r) * RANK_PADDING - r for r in ranks]
+    lora_A = torch.cat(
+        [F.pad(A, (0, 0, 0, pad)) for (A, _, _), pad in zip(adapters, pads, strict=True)]
+    )
+    lora_B = torch.cat(
+        [F.pad(B, (0, pad)) for (_, B, _), pad in zip(adapters, pads, strict=True)], dim=1
+    )
+    exact = torch.promote_types(lora_A.dtype, torch.float32)
+    scalings = tuple(float(scaling) for _, _, scaling in adapters)
+    return CallPack(lora_A, lora_B, *_tables(ranks, scalings, exact, lora_A.device))
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(
+    ranks: tuple[int, ...], scalings: tuple[float, ...], exact: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """owner, scaling, window. A function of host values alone, nobody writes to what it returns:
+    kept, so that a layer's call copies nothing to the device."""
+    owner: list[int] = []
+    factors: list[float] = []
+    window: list[tuple[int, int]] = []
+    for i, (r, scaling) in enumerate(zip(ranks, scalings, strict=True)):
+        pad = _blocks_of(r) * RANK_PADDING - r
+        window.append((len(owner), len(owner) + r + pad))
+        owner += [i] * r + [NOBODY] * pad
+        factors += [scaling] * r + [0.0] * pad
+    with torch.inference_mode(False):  # they may be saved for backward later
+        return (
+            torch.tensor(owner, dtype=torch.int32, device=device),
+            torch.tensor(factors, dtype=exact, device=device),
+            torch.tensor(window, dtype=torch.int32, device=device),
+        )
+
+
+@functools.lru_cache(maxsize=256)
+def ids_of_samples(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [len(ids)] on the device; kept as the tables are."""
+    with torch.inference_mode(False):
+        return torch.tensor(ids, dtype=torch.int32, device=device)

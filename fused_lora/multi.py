@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import dropout, ops
-from fused_lora.adapter_pack import AdapterPack
+from fused_lora.adapter_pack import AdapterPack, CallPack
 from fused_lora.functional import BACKENDS, _check_options, _check_tensors, run
 
 
 def multi_lora_linear(
     x: Tensor,
     weight: Tensor,
-    pack: AdapterPack,
+    pack: AdapterPack | CallPack,
     adapter_ids: Tensor,
     bias: Tensor | None = None,
     *,

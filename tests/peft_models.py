@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+from types import SimpleNamespace
 
+import peft
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -29,7 +32,7 @@ def adapted(model=None, *, dtype=torch.float32, adapter_dtype=None, device="cpu"
     """`model` (else a Tiny) in `dtype` with adapters that are not zero; PEFT's defaults else.
     PEFT keeps adapters of a 16-bit model in fp32; `adapter_dtype` says otherwise."""
     torch.manual_seed(0)
-    model = (model or Tiny()).to(device, dtype)
+    model = (model or Tiny().to(dtype)).to(device)
     options = {"r": 8, "lora_alpha": 12, "target_modules": ["first", "second"]} | config
     options = {"init_lora_weights": False} | options
     model = get_peft_model(model, LoraConfig(**options))
@@ -38,6 +41,35 @@ def adapted(model=None, *, dtype=torch.float32, adapter_dtype=None, device="cpu"
             if "lora_" in name:
                 parameter.data = parameter.data.to(adapter_dtype)
     return model
+
+
+def quantised(kind, dtype=torch.float32):
+    """A Tiny whose layers are of bitsandbytes ("nf4", "int8") or hold tensors of torchao, as
+    transformers would load it; skips where the library is missing."""
+    torch.manual_seed(0)
+    tiny = Tiny().to(dtype)
+    if kind == "torchao int8":
+        if peft.__version__.startswith("0.18"):
+            pytest.skip("PEFT 0.18 cannot take this torchao")
+        quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
+        config = quantization.Int8WeightOnlyConfig()
+        quantization.quantize_(tiny, config)
+        tiny.hf_quantizer = SimpleNamespace(
+            quantization_config=SimpleNamespace(get_apply_tensor_subclass=lambda: config)
+        )
+        return tiny
+    bnb = pytest.importorskip("bitsandbytes", minversion="0.50", reason="needs bitsandbytes")
+    for name, size in (("first", FIRST), ("second", SECOND)):
+        if kind == "nf4":
+            layer = bnb.nn.Linear4bit(*size, compute_dtype=dtype, quant_type="nf4")
+            layer.support_avx512bf16_for_cpu = False  # repacked in eval mode, it does not train
+        else:
+            layer = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
+        layer.load_state_dict(tiny.get_submodule(name).state_dict())
+        layer.bias.data = layer.bias.data.to(dtype)
+        setattr(tiny, name, layer.to("cpu"))
+    tiny.is_loaded_in_4bit, tiny.is_loaded_in_8bit = kind == "nf4", kind == "int8"
+    return tiny
 
 
 def lora_layer(model, name="first"):

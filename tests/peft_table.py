@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from peft import LoraConfig
-from peft_models import FIRST, Tiny, adapted, lora_layer
+from peft_models import FIRST, Tiny, adapted, lora_layer, quantised
 from torch import nn
 
 from fused_lora.integrations import peft as fused
@@ -141,7 +141,8 @@ def disabled(model, x):
 
 def per_sample(model, x):
     model.eval()
-    return model(x, adapter_names=["default", "__base__"] * (TOKENS // 2))
+    names = [*model.peft_config, "__base__"] * TOKENS
+    return model(x, adapter_names=names[:TOKENS])
 
 
 def checkpointed(model, x):
@@ -198,12 +199,16 @@ FEATURES = [
     Feature("fp32 adapters on a bf16 base", {"dtype": BF16}),
     Feature("activation checkpointing", run=checkpointed),
     Feature("torch.compile", run=compiled),
+    Feature("adapter_names (one per sample)", change=another_active, run=per_sample),
     Feature("GPT-2's Conv1D base", {"model": conv1d, "fan_in_fan_out": True}),
     Feature(
         "base of another class",
         {"model": lambda: with_first(SubclassedLinear(*FIRST)), "target_modules": ["first"]},
     ),
     Feature("quantised weight in an nn.Linear", {"target_modules": ["first"]}, change=quantise),
+    Feature("bitsandbytes NF4 base", {"model": lambda: quantised("nf4")}),
+    Feature("bitsandbytes int8 base", {"model": lambda: quantised("int8")}),
+    Feature("torchao int8 base", {"model": lambda: quantised("torchao int8")}, newest=True),
     Feature(
         "forward hook on the base",
         {"target_modules": ["first"]},
@@ -216,7 +221,7 @@ FEATURES = [
     Feature("VeLoRA", {"velora_config": variant("VeloraConfig", num_groups=8)}, newest=True),
     Feature("lora_bias", {"lora_bias": True}),
     Feature("several active adapters", change=two_active),
-    Feature("adapter_names (one per sample)", run=per_sample),
+    Feature("adapter_names on an NF4 base", {"model": lambda: quantised("nf4")}, run=per_sample),
     Feature("disable_adapter()", run=disabled),
     Feature("merged adapter", change=lambda model: model.merge_adapter()),
     Feature(
@@ -314,6 +319,10 @@ fused-lora where it is loaded; `unpatch(model)` first if it is not there. The ot
 layer, and those added later, are covered. Under FSDP2 layers are fused where blocks are the sharded
 units, and run in PEFT's code where single projections are. The dropout mask is drawn from torch's
 generator, but is not the one that `nn.Dropout` would draw from the same seed.
+
+With `adapter_names` the adapters of the batch are packed anew for each call, so that no change of
+theirs is missed. One that holds infinities or NaN spoils the samples of the others, as it does not
+in PEFT. PEFT 0.18 makes no LoRA layer at all where torchao 0.18 is installed; 0.21 does.
 
 | feature | path | why |
 |---|---|---|"""

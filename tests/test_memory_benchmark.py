@@ -46,6 +46,23 @@ def test_fused_keeps_s_and_one_bit_an_element_beyond_the_frozen_layer(memory, dr
     assert kept["eager3"] > kept["fused"] or not dropout
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_on_a_quantised_base_fused_keeps_less_than_pefts_own_layer(memory, base):
+    pytest.importorskip("bitsandbytes", minversion="0.50")
+    pytest.importorskip("peft")
+    M, width, r = 64, 128, 16
+    case = memory.Case(M, width, blocks=0, r=r, dtype="bfloat16", dropout=0.5, base=base)
+    names = ("frozen", "peft", "peft (fp32 adapters)", "fused", "fused (fp32 adapters)")
+    rows = memory.over_frozen([memory.measure(case, name, CPU) for name in names])
+    assert not any(row.note for row in rows)
+    kept = {row.provider: row.saved_over_frozen_mib * 2**20 for row in rows}
+    ours = pytest.approx(M * r * 2 + M * width // 8, abs=600)  # S, one bit an element
+    assert kept["fused"] == kept["fused (fp32 adapters)"] == ours
+    assert kept["fused"] < kept["peft"] < kept["peft (fp32 adapters)"]
+    assert memory.measure(case, "eager3", CPU).note == "it takes plain weights"
+
+
 def test_the_program_prints_every_provider_and_writes_the_file(
     memory, tmp_path, monkeypatch, capsys
 ):

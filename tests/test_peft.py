@@ -224,7 +224,7 @@ def test_enable_patches_what_is_made_until_disable():
         theirs = peft.get_peft_model(Tiny(), config)
     finally:
         fused.disable()
-    assert lora.Linear.__init__ is fused._peft_init
+    assert lora.LoraLayer.__init__ is fused._peft_init
     assert type(lora_layer(before)) is type(lora_layer(adapted())) is lora.Linear
     assert type(lora_layer(during)) is fused.FusedLinear
     assert type(lora_layer(embedded, "0")) is lora.Embedding

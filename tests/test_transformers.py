@@ -8,10 +8,18 @@ import torch
 
 pytest.importorskip("peft", reason="needs the extra `peft`")
 
+import peft
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from fused_lora import testing
+from fused_lora import (
+    FusedLoRALinear,
+    apply_lora,
+    disable_adapters,
+    mark_only_lora_as_trainable,
+    merge_adapter,
+    testing,
+)
 from fused_lora.integrations import peft as fused
 from fused_lora.integrations.transformers import FusedLoRACallback
 
@@ -151,6 +159,24 @@ def test_generation_with_the_cache_gives_the_same_tokens(merged):
     assert fused.call_counts(model) == calls
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generation_with_an_adapter_for_each_sequence_gives_the_same_tokens(beams):
+    if beams > 1 and peft.__version__.startswith("0.18"):
+        pytest.skip("PEFT 0.18 takes decoders of today's transformers for encoders")
+    model = llama(**LORA).eval()
+    model.add_adapter("other", LoraConfig(**LORA | {"r": 3}))
+    prompt = torch.tensor([[5, 6, 7], [0, 8, 9], [5, 6, 7]])
+    arguments = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 5, "num_beams": beams}
+    arguments |= {"do_sample": False, "eos_token_id": None, "input_ids": prompt}
+    arguments["adapter_names"] = ["default", "__base__", "other"]
+    expected = model.generate(**arguments)
+    assert not torch.equal(expected[0], expected[2])
+    fused.patch(model)
+    assert torch.equal(model.generate(**arguments), expected)
+    counts = fused.call_counts(model)
+    assert counts["full"] >= 5 * LAYERS and counts["peft"] == counts["delta"] == 0
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients_with_dropout(reentrant):
     gradients = []
@@ -165,6 +191,52 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_dropout(reentrant)
         model(input_ids=ids, labels=ids).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         assert fused.call_counts(model)["full"] == (2 if checkpointing else 1) * LAYERS
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def native(lora_dropout=0.0):
+    """The tiny Llama with adapters of `apply_lora`, the same every time."""
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    options |= {"lora_dropout": lora_dropout, "init_lora_weights": False}
+    model = apply_lora(llama(), **options)
+    mark_only_lora_as_trainable(model)
+    return model
+
+
+def test_a_native_model_generates_with_the_cache_what_it_says_without():
+    model = native().eval()
+    prompt = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    arguments = {"attention_mask": (prompt != 0).long(), "max_new_tokens": 10, "do_sample": False}
+    arguments |= {"eos_token_id": None, "input_ids": prompt}
+    tokens = model.generate(**arguments, use_cache=True)
+    assert tokens.shape == (2, 13)
+    assert torch.equal(model.generate(**arguments, use_cache=False), tokens)
+    with disable_adapters(model):
+        base = model.generate(**arguments, use_cache=True)
+    assert torch.equal(base, llama().eval().generate(**arguments)) and not torch.equal(base, tokens)
+    merge_adapter(model)
+    assert torch.equal(model.generate(**arguments, use_cache=True), tokens)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_a_native_model_gives_the_same_gradients(reentrant):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = native(lora_dropout=0.3).train()
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        layers = [m for m in model.modules() if isinstance(m, FusedLoRALinear)]
+        assert len(layers) == LAYERS
+        seen = []
+        layers[0].register_forward_hook(lambda *arguments, seen=seen: seen.append(1))
+        ids = torch.tensor([row["input_ids"] for row in sentences(2)])
+        torch.manual_seed(4)
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        calls.append(len(seen))
+    assert calls == [1, 2]  # recomputed, with the same masks
+    assert len(gradients[0]) == 2 * LAYERS
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 

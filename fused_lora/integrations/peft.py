@@ -1,10 +1,12 @@
 """PEFT's LoRA layers through the fused kernels: `patch` a model, or `enable` it for all to come.
 
-Only the class of each `peft.tuners.lora.layer.Linear` is exchanged, for a subclass with another
-`forward`. Parameters, keys, hooks, saving, merging and switching adapters stay PEFT's own code.
+Only the class of each LoRA layer over a linear base (PEFT's own for plain, torchao and bitsandbytes
+bases, by exact type) is exchanged, for a subclass with another `forward`. Parameters, keys, hooks,
+saving, merging and switching adapters stay PEFT's own code.
 Every call takes one of three paths, counted and explained:
 
-    full    base product and adapter in one fused layer: the base is a plain nn.Linear (or Conv1D)
+    full    base product and adapter in one fused layer: the base is a plain nn.Linear (or Conv1D);
+            with `adapter_names`, the adapter of each sample
     delta   base_layer(x) runs as it is (quantised, hooked, of another class), and the adapter term
             is added to its output without a temporary of that size
     peft    PEFT's own forward, with the reason
@@ -12,27 +14,33 @@ Every call takes one of three paths, counted and explained:
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.lora import layer as lora
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora import ops
+from fused_lora.adapter_pack import ids_of_samples, pack_for_call
 from fused_lora.delta import lora_delta
 from fused_lora.explain import DEFAULT_TOKENS
 from fused_lora.functional import BACKENDS, lora_linear
+from fused_lora.multi import multi_lora_linear
 
 __all__ = ["PatchReport", "call_counts", "disable", "enable", "explain", "patch", "unpatch"]
 
 FULL, DELTA, PEFT = "full", "delta", "peft"
+BASE_ALONE = "__base__"
+"""PEFT's name for no adapter, among `adapter_names`."""
 FULL_BASES = (nn.Linear, Conv1D)
-FRESH_BASES = (nn.Linear,)
+FRESH_BASES: set[type] = {nn.Linear}
 """Bases whose output is a tensor of its own that nobody else holds and no backward needs."""
 
 ComputeDtype = Literal["base", "peft"]
@@ -50,40 +58,68 @@ class _State:
 class _Route(NamedTuple):
     path: str
     reason: str
-    adapter: str = ""
+    adapters: tuple[str, ...] = ()
 
 
-class FusedLinear(lora.Linear):
-    """`peft.tuners.lora.layer.Linear` with a fused forward. Made by `patch`, never constructed."""
+class Fused:
+    """The forward of every patched layer. Made by `patch`, never constructed."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    peft_class: Any
+    keeps_dtype = False
+    """Whether the base returns x's dtype under autocast, too."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self.__dict__.get("_fused_lora")
         if state is None:  # unpatched, but somebody kept the bound method
-            return lora.Linear.forward(self, x, *args, **kwargs)
+            return type(self).forward(self, x, *args, **kwargs)
         route = _route(self, x, args, kwargs, state)
         if not torch.compiler.is_compiling():
             state.calls[route.path, route.reason] += 1
         if route.path == PEFT:
-            return lora.Linear.forward(self, x, *args, **kwargs)
-        base: Any = self.base_layer
-        name = route.adapter
+            return self.peft_class.forward(self, x, *args, **kwargs)
+        base = self.base_layer
+        if kwargs.get("adapter_names") is not None:
+            return _mixed(self, x, kwargs["adapter_names"], route.adapters, state)
+        (name,) = route.adapters
         dropout = self.lora_dropout[name]
-        lora_A: Any = self.lora_A[name].weight
-        lora_B: Any = self.lora_B[name].weight
+        lora_A, lora_B = self.lora_A[name].weight, self.lora_B[name].weight
         options: dict[str, Any] = {
             "scaling": self.scaling[name],
             "dropout_p": dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
             "backend": state.backend,
         }
         if route.path == FULL:
-            weight = base.weight if type(base) is nn.Linear else base.weight.t()
-            return lora_linear(x, weight, lora_A, lora_B, base.bias, **options)
+            return lora_linear(x, _weight(base), lora_A, lora_B, base.bias, **options)
         out = base(x)
         return lora_delta(out, x, lora_A, lora_B, in_place=_may_write(base, out), **options)
 
 
-_FUSED: dict[type, type] = {lora.Linear: FusedLinear}
-_PLAIN: dict[type, type] = {fused: plain for plain, fused in _FUSED.items()}
+class FusedLinear(Fused, lora.Linear):
+    peft_class = lora.Linear
+
+
+class FusedTorchaoLoraLinear(Fused, TorchaoLoraLinear):
+    peft_class = TorchaoLoraLinear
+
+
+_FUSED: dict[type, type] = {}
+_PLAIN: dict[type, type] = {}
+
+
+def register(*classes: type[Fused]) -> None:
+    """Let `patch` exchange layers whose class is exactly the `peft_class` of one of these."""
+    for fused in classes:
+        _FUSED[fused.peft_class] = fused
+        _PLAIN[fused] = fused.peft_class
+
+
+register(FusedLinear, FusedTorchaoLoraLinear)
+
+
+def _fused_class(layer: nn.Module) -> type | None:
+    if "peft.tuners.lora.bnb" in sys.modules:  # PEFT has imported bitsandbytes
+        from fused_lora.integrations import peft_bnb  # noqa: F401
+    return _FUSED.get(type(layer))
 
 
 @dataclass(frozen=True)
@@ -146,23 +182,23 @@ def enable(*, backend: str = "auto", compute_dtype: ComputeDtype = "base") -> No
     Options as in `patch`; layers that exist already are left alone."""
     _check_options(backend, compute_dtype)
     _enabled.update(backend=backend, compute_dtype=compute_dtype)
-    lora.Linear.__init__ = _init_and_patch  # type: ignore[method-assign]
+    lora.LoraLayer.__init__ = _init_and_patch  # type: ignore[method-assign]
 
 
 def disable() -> None:
     """Undo `enable`: layers made from now on are PEFT's own. Patched ones stay patched."""
     _enabled.clear()
-    if lora.Linear.__init__ is _init_and_patch:
-        lora.Linear.__init__ = _peft_init  # type: ignore[method-assign]
+    if lora.LoraLayer.__init__ is _init_and_patch:
+        lora.LoraLayer.__init__ = _peft_init  # type: ignore[method-assign]
 
 
 _enabled: dict[str, str] = {}
-_peft_init: Any = lora.Linear.__init__
+_peft_init: Any = lora.LoraLayer.__init__
 
 
 def _init_and_patch(self: Any, *args: Any, **kwargs: Any) -> None:
     _peft_init(self, *args, **kwargs)
-    if _enabled and type(self) in _FUSED:
+    if _enabled and _fused_class(self) is not None:
         _exchange(self, **_enabled)
 
 
@@ -200,13 +236,15 @@ def _explain_layer(layer: Any, x: Tensor | None) -> str:
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             weight = next(layer.lora_A.parameters())
-        x = weight.new_empty((1, layer.in_features)).expand(DEFAULT_TOKENS, -1)
+        # not weight.new_empty: quantised tensors have none
+        x = torch.empty((1, layer.in_features), dtype=weight.dtype, device=weight.device)
+        x = x.expand(DEFAULT_TOKENS, -1)
     state: _State = layer._fused_lora
     route = _route(layer, x, (), {}, state)
     text = f"{route.path} ({route.reason})"
     if route.path != PEFT:
-        dtype = _compute_dtype(x)
-        lora_A = layer.lora_A[route.adapter].weight
+        dtype = x.dtype if layer.keeps_dtype else _compute_dtype(x)
+        lora_A = layer.lora_A[route.adapters[0]].weight
         rows = x.reshape(-1, layer.in_features)[:1].to(dtype).expand(max(1, x[..., 0].numel()), -1)
         unable = ops.why_not_triton(rows)
         if state.backend == "triton" and unable is not None:
@@ -225,13 +263,18 @@ def _route(
 ) -> _Route:
     """The path of this call. Read on every call, since all of it may change between two; modules
     and parameters come from their dictionaries, nn.Module's attribute access being slow."""
-    given = [name for name, value in kwargs.items() if value is not None]
-    if args or given:
-        return _Route(PEFT, f"called with {', '.join(given) or 'more arguments'}")
+    names = None
+    if args or kwargs:
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if args or given.keys() - {"adapter_names"}:
+            return _Route(PEFT, f"called with {', '.join(given) or 'more arguments'}")
+        names = given.get("adapter_names")
     if layer.disable_adapters:
         return _Route(PEFT, "adapters are disabled")
     if layer.merged:
         return _Route(PEFT, "merged into the base weight")
+    if names is not None:
+        return _route_of_mixed(layer, x, names, state)
     modules = layer._modules
     adapters = modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in adapters]
@@ -244,8 +287,60 @@ def _route(
         return _Route(PEFT, why)
     why = _why_delta(base)
     if why is not None:
-        return _Route(DELTA, why, name)
-    return _Route(FULL, f"{type(base).__name__} base", name)
+        return _Route(DELTA, why, (name,))
+    return _Route(FULL, f"{type(base).__name__} base", (name,))
+
+
+def _route_of_mixed(layer: Any, x: Tensor, names: Sequence[str], state: _State) -> _Route:
+    """The path of a call that names an adapter for each sample."""
+    modules = layer._modules
+    base, held = modules["base_layer"], modules["lora_A"]._modules
+    # as PEFT does, the base alone for names that this layer does not have
+    used = tuple(name for name in dict.fromkeys(names) if name in held and name != BASE_ALONE)
+    why = _why_mixed_peft(layer, modules, x, names, used)
+    why = why or _why_delta(base)
+    for name in used:
+        why = why or _why_peft(layer, modules, name, base, x, state)
+    if why is None:
+        parts = [modules[part]._modules[name] for part in ("lora_A", "lora_B") for name in used]
+        if len({part.weight.dtype for part in parts}) > 1:
+            why = "adapters of several dtypes"
+    if why is not None:
+        return _Route(PEFT, f"called with adapter_names, {why}")
+    return _Route(FULL, f"an adapter for each sample, {type(base).__name__} base", used)
+
+
+def _why_mixed_peft(
+    layer: Any, modules: dict[str, Any], x: Tensor, names: Sequence[str], used: tuple[str, ...]
+) -> str | None:
+    if not used:
+        return "none of them in this layer"
+    if x.dim() < 2 or len(names) != len(x):
+        return f"{len(names)} for x {tuple(x.shape)}"
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return "being compiled"
+    for name in used:
+        dropout = modules["lora_dropout"]._modules[name]
+        if dropout.training and getattr(dropout, "p", 0.0):
+            return "dropout is active"
+        if isinstance(layer.scaling[name], Tensor):
+            return "scaling is a tensor"
+    return None
+
+
+def _mixed(
+    layer: Any, x: Tensor, names: Sequence[str], used: tuple[str, ...], state: _State
+) -> Tensor:
+    """The adapters are packed anew for every call, those of this batch only. A pack that is kept
+    could go stale unseen: a write through `.data`, as hot swap does, raises no version."""
+    factors = [(layer.lora_A[n].weight, layer.lora_B[n].weight, layer.scaling[n]) for n in used]
+    ids = ids_of_samples(tuple(used.index(n) if n in used else -1 for n in names), x.device)
+    base, pack = layer.base_layer, pack_for_call(factors)
+    return multi_lora_linear(x, _weight(base), pack, ids, base.bias, backend=state.backend)
+
+
+def _weight(base: Any) -> Tensor:
+    return base.weight if type(base) is nn.Linear else base.weight.t()
 
 
 def _why_peft(
@@ -288,6 +383,8 @@ def _why_peft(
             return f"{_name(A.dtype)} adapters on {_name(x.dtype)} x, compute_dtype='peft'"
         if not layer.cast_input_dtype_enabled:
             return "casting of the input's dtype is disabled"
+    if layer.keeps_dtype and torch.promote_types(_compute_dtype(x), x.dtype) != x.dtype:
+        return f"{_name(x.dtype)} x under autocast in {_name(_compute_dtype(x))}"
     if torch.compiler.is_compiling():
         return "being exported" if torch.compiler.is_exporting() else None
     return "global module hooks" if _has_any_global_hook() else None
@@ -338,16 +435,17 @@ def _exchange(layer: Any, backend: str, compute_dtype: str) -> None:
     state = layer.__dict__.get("_fused_lora")
     if state is None:
         layer._fused_lora = _State(backend, compute_dtype)
-        layer.__class__ = _FUSED[type(layer)]
+        layer.__class__ = _fused_class(layer)
     else:
         state.backend, state.compute_dtype = backend, compute_dtype
 
 
 def _why_left(layer: nn.Module) -> str | None:
     """Why `patch` leaves this LoRA layer as it is; None if it fuses it."""
-    if type(layer) not in _FUSED and type(layer) not in _PLAIN:
-        return f"lora.{type(layer).__name__} is not exactly lora.Linear"
-    if "forward" in layer.__dict__ and type(layer) in _FUSED:
+    fused = _fused_class(layer)
+    if fused is None and type(layer) not in _PLAIN:
+        return f"lora.{type(layer).__name__} has no fused class"
+    if "forward" in layer.__dict__ and fused is not None:
         return "its forward was replaced on the instance before patch"
     return None
 
