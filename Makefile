@@ -22,9 +22,9 @@ latency: $(READY)
 	$(PY) benchmarks/latency.py --quick
 
 test: lint $(READY) $(OLD)/ready $(OLD_PEFT)/ready
-	FUSED_LORA_OLD_TRITON=$(abspath $(OLD)) $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "not slow"
-	PYTHONPATH=$(OLD) $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "kernels and not slow"
-	PYTHONPATH=$(OLD_PEFT) $(PY) -m pytest -n $(JOBS) --dist loadgroup -m "peft and not slow"
+	FUSED_LORA_OLD_TRITON=$(abspath $(OLD)) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	PYTHONPATH=$(OLD) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "kernels and not slow"
+	PYTHONPATH=$(OLD_PEFT) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "peft and not slow"
 
 test-gpu:
 	$(PYTHON) -m pytest -m "gpu or kernels"

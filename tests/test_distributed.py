@@ -39,14 +39,12 @@ def outcomes(tmp_path_factory):
     return of
 
 
-@pytest.mark.xdist_group("two ranks")
 @pytest.mark.parametrize("promise", CHECKS[2], ids=lambda promise: promise.__name__)
 def test_on_two_ranks(promise, outcomes):
     wrong = outcomes(2)[promise]
     assert wrong is None, wrong
 
 
-@pytest.mark.xdist_group("four ranks")
 @pytest.mark.parametrize("promise", CHECKS[4], ids=lambda promise: promise.__name__)
 def test_on_four_ranks(promise, outcomes):
     wrong = outcomes(4)[promise]

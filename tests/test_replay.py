@@ -18,7 +18,6 @@ pytestmark = [
         shutil.which("cc") is None and shutil.which("gcc") is None,
         reason="needs a C compiler for its stub of libcuda, there is none",
     ),
-    pytest.mark.xdist_group("replay"),
 ]
 
 
