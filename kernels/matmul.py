@@ -146,6 +146,8 @@ def matmul_kernel(
         if HAS_SCALING:
             scale *= tl.load(scaling_ptr)
         if ids_ptr is not None:
+            # here, not below: there it spills in fp32 on sm_80, and without ids in bf16 here
+            b = _ranks_of(b_columns, offs_r, inside_n, r, stride_br)
             side *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None, :]
             own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
             side = tl.where(own, side, 0.0)
@@ -153,11 +155,8 @@ def matmul_kernel(
         if STORE_S:
             if pid_n == 0:
                 tl.store(s_rows + offs_r[None, :], s, mask=inside_m & (offs_r < columns)[None, :])
-        b = tl.load(
-            b_columns + offs_r.to(tl.int64)[:, None] * stride_br,
-            mask=(offs_r < r)[:, None] & inside_n,
-            other=0.0,
-        )
+        if ids_ptr is None:
+            b = _ranks_of(b_columns, offs_r, inside_n, r, stride_br)
         acc = tl.dot(s, b.to(s.dtype), acc, input_precision=INPUT_PRECISION)
     elif ADAPTER == "given":
         if not DROPOUT:
@@ -184,6 +183,16 @@ def matmul_kernel(
         y_ptr + offs_m.to(tl.int64)[:, None] * stride_ym + offs_n[None, :],
         acc.to(y_ptr.dtype.element_ty),
         mask=inside_m & inside_n,
+    )
+
+
+@triton.jit
+def _ranks_of(b_columns, offs_r, inside_n, r, stride_br):
+    """b[offs_r, columns of the tile]."""
+    return tl.load(
+        b_columns + offs_r.to(tl.int64)[:, None] * stride_br,
+        mask=(offs_r < r)[:, None] & inside_n,
+        other=0.0,
     )
 
 
@@ -215,11 +224,7 @@ def _add_given(
     for j in tl.range(first_rank, end_rank, BLOCK_R, num_stages=1):
         offs_r = j + tl.arange(0, BLOCK_R)
         s = tl.load(s_rows + offs_r[None, :], mask=inside_m & (offs_r < r)[None, :], other=0.0)
-        b = tl.load(
-            b_columns + offs_r.to(tl.int64)[:, None] * stride_br,
-            mask=(offs_r < r)[:, None] & inside_n,
-            other=0.0,
-        )
+        b = _ranks_of(b_columns, offs_r, inside_n, r, stride_br)
         acc = tl.dot(s, b.to(x_ptr.dtype.element_ty), acc, input_precision=INPUT_PRECISION)
     return acc
 
