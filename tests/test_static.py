@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,7 @@ every_target = pytest.mark.parametrize("target", TARGETS)
 every_version = pytest.mark.parametrize("version", VERSIONS)
 
 
-@functools.cache
-def facts_of(target, version):
+def compile_all(target, version):
     """{case: facts} of one target, compiled in a process of its own."""
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     if version == "oldest":
@@ -49,9 +49,19 @@ def facts_of(target, version):
     return json.loads(done.stdout)["facts"]
 
 
+COMPILERS = ThreadPoolExecutor(2)
+
+
+@functools.cache
+def compilation(target, version):
+    return COMPILERS.submit(compile_all, target, version)
+
+
 @pytest.fixture
 def facts(target, version):
-    return facts_of(target, version)
+    if OLD_TRITON:  # both at once: the oldest's turn comes next
+        compilation(target, "oldest")
+    return compilation(target, version).result()
 
 
 def failing(facts, judge, op=""):
