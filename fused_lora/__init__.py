@@ -24,6 +24,7 @@ from fused_lora.model import (
     unmerge_adapter,
 )
 from fused_lora.multi import MultiLoRALinear, multi_lora_linear, use_adapters
+from fused_lora.quantized import QuantizedLoRALinear
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "AdapterPack",
     "FusedLoRALinear",
     "MultiLoRALinear",
+    "QuantizedLoRALinear",
     "__version__",
     "apply_lora",
     "disable_adapters",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 from fused_lora.targets import match_pattern
 
 CONFIG_FILE = "adapter_config.json"
+# (a+)+ or (a|b)*: what makes an expression of a hostile file run for ever
+_REPEATED_GROUP = re.compile(r"\([^()]*[*+}|][^()]*\)+\s*[*+{]")
 LARGEST_CONFIG = 16 << 20  # bytes; a list of every layer of a large model is far below
 # fields that say nothing about what the adapter computes
 _SILENT = {
@@ -94,6 +97,13 @@ class AdapterConfig:
                 raise ValueError(f"{CONFIG_FILE} has no {name}: it decides what is computed")
         for name, value in known.items():
             _check(name, value)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in known.get(name) or {}:
+                if _REPEATED_GROUP.search(pattern):
+                    raise ValueError(
+                        f"{CONFIG_FILE}: {name} has {_short(pattern)}, which repeats a group of "
+                        "repetitions or choices: matching it may never end; write it plainly"
+                    )
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
         return cls(**known)
