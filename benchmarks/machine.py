@@ -85,23 +85,25 @@ def measure_peaks(device: torch.device, dtype: str) -> Peaks:
     """Best of several square matrix products, and of several copies far larger than the cache."""
     on_gpu = device.type == "cuda"
     size = 8192 if on_gpu else 256
-    gemm_us = _square_product_us(size, device, dtype, samples=30 if on_gpu else 5)
+    gemm_us = _square_product_us(size, device, dtype)
+    gemm_tflops = 2 * size**3 / gemm_us / 1e6
     while not on_gpu and size < 2048 and gemm_us < 2e4:  # fp16 on many a CPU is very slow
         size *= 2
-        gemm_us = _square_product_us(size, device, dtype, samples=5)
+        gemm_us = _square_product_us(size, device, dtype)
+        gemm_tflops = max(gemm_tflops, 2 * size**3 / gemm_us / 1e6)
     elements = max(1 << 30 if on_gpu else 1 << 26, 3 * cache_bytes(device)) // ITEMSIZE[dtype]
     source = torch.ones(elements, dtype=getattr(torch, dtype), device=device)
     target = torch.ones_like(source)
     copy_us = fastest_us(lambda: target.copy_(source), device, samples=20 if on_gpu else 5)
     copied = 2 * source.numel() * source.element_size()  # read and written
-    return Peaks(gemm_tflops=2 * size**3 / gemm_us / 1e6, copy_gbs=copied / copy_us / 1e3)
+    return Peaks(gemm_tflops=gemm_tflops, copy_gbs=copied / copy_us / 1e3)
 
 
-def _square_product_us(size: int, device: torch.device, dtype: str, samples: int) -> float:
+def _square_product_us(size: int, device: torch.device, dtype: str) -> float:
     left, right = (
         torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2)
     )
-    return fastest_us(lambda: torch.nn.functional.linear(left, right), device, samples)
+    return fastest_us(lambda: torch.nn.functional.linear(left, right), device, samples=30)
 
 
 def peaks_line(peaks: Peaks) -> str:
