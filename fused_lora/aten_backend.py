@@ -53,14 +53,14 @@ def add_adapter(
         mask = dropout.packed_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), 1.0 / (1.0 - dropout_p)
         kept = [mask]
-    columns = padded_rank(r) if for_backward else r
-    S = (x.new_empty if columns == r else x.new_zeros)((x.shape[0], columns))
-    exact = S if columns == r else S[:, :r]
-    _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, exact)
+    S = _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale)
     if adapters is not None:
-        _select(exact, adapters)
-    y.addmm_(exact, lora_B.to(x.dtype).t())
-    return [S, *kept] if for_backward else []
+        _select(S, adapters)
+    y.addmm_(S, lora_B.to(x.dtype).t())
+    if not for_backward:
+        return []
+    padding = padded_rank(r) - r
+    return [F.pad(S, (0, padding)) if padding else S, *kept]
 
 
 def backward(
@@ -108,31 +108,32 @@ def adapter_gradients(
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
     dA = dB = None
     if needs_x or needs_A:
-        dS_t = dy.new_empty((r, dy.shape[0]))  # narrow results are faster transposed
-        _scaled_product(lora_B.to(dy.dtype).t(), dy.t(), scale, 1.0, dS_t)
+        dS = _scaled_product(dy, lora_B.to(dy.dtype), scale, 1.0)
         if adapters is not None:
-            _select(dS_t.t(), adapters)
+            _select(dS, adapters)
     if needs_x and keep is None and dx is not None:
-        dx.addmm_(dS_t.t(), lora_A.to(dy.dtype))
+        dx.addmm_(dS, lora_A.to(dy.dtype))
     elif needs_x:
-        term = dS_t.t() @ lora_A.to(dy.dtype)
+        term = dS @ lora_A.to(dy.dtype)
         term = term if keep is None else term * keep * keep_scale
         dx = term if dx is None else dx.add_(term)
     if needs_A:
         assert x is not None
-        dA = dS_t @ (x if keep is None else x * keep)
+        dA = dS.t() @ (x if keep is None else x * keep)
         dA = (dA if keep is None else dA * keep_scale).to(lora_A.dtype)
     if needs_B:
         assert S is not None
-        dB = (S[:, :r].t() @ dy).t().contiguous().to(lora_B.dtype)
+        S = S[:, :r]
+        # a product with a narrow result is faster transposed; the copy back must be worth it
+        dB = (S.t() @ dy).t().contiguous() if len(dy) > dy.shape[1] else dy.t() @ S
+        dB = dB.to(lora_B.dtype)
     return [dx, dA, dB]
 
 
-def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float, out: Tensor) -> None:
-    """out = scale * keep_scale * a b, the host factor folded into the product."""
-    torch.addmm(out, a, b, beta=0, alpha=scale.value * keep_scale, out=out)
-    if scale.tensor is not None:
-        out.mul_(scale.tensor)
+def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float) -> Tensor:
+    """scale * keep_scale * a b, the host factor folded into the product."""
+    product = torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale.value * keep_scale)
+    return product if scale.tensor is None else product.mul_(scale.tensor)
 
 
 def _select(S: Tensor, adapters: Adapters) -> None:
