@@ -36,7 +36,8 @@ class LoRALinearFunction(torch.autograd.Function):
         backend: str,
         *adapters: Tensor,
     ) -> Tensor:
-        y, S, *mask = ops.forward(
+        y, S, *mask = ops.call(
+            ops.forward,
             x,
             weight,
             lora_A,
@@ -70,7 +71,8 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, lora_A, lora_B, S, mask, scaling_tensor, *adapters = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:5])
-        computed = ops.backward(
+        computed = ops.call(
+            ops.backward,
             dy,
             x,
             weight,

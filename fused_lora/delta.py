@@ -98,11 +98,11 @@ class _LoRADelta(torch.autograd.Function):
         for_backward = any(ctx.needs_input_grad[1:4])
         options = (scaling, scaling_tensor, dropout_p, seed, backend, for_backward)
         if in_place:
-            S, mask = delta_(base_output, x, lora_A, lora_B, *options)
+            S, mask = ops.call(delta_, base_output, x, lora_A, lora_B, *options)
             ctx.mark_dirty(base_output)
             out = base_output
         else:
-            out, S, mask = delta(base_output, x, lora_A, lora_B, *options)
+            out, S, mask = ops.call(delta, base_output, x, lora_A, lora_B, *options)
         ctx.save_for_backward(
             x if needs_A else None,
             lora_A,
@@ -122,7 +122,8 @@ class _LoRADelta(torch.autograd.Function):
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):
             computed = iter(
-                delta_backward(
+                ops.call(
+                    delta_backward,
                     dy.reshape(-1, dy.shape[-1]),
                     x,
                     lora_A,
@@ -140,28 +141,17 @@ class _LoRADelta(torch.autograd.Function):
         return dy, *grads, None, None, None, None, None, None
 
 
-_library = torch.library.Library("fused_lora", "FRAGMENT")
 _TERM = (
     "Tensor x, Tensor lora_A, Tensor lora_B, float scaling, Tensor? scaling_tensor, "
     "float dropout_p, Tensor? seed, str backend, bool for_backward"
 )
-_library.define(
-    f"delta(Tensor base_output, {_TERM}) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
-    f"delta_(Tensor(a!) base_output, {_TERM}) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_library.define(
+delta = ops.define(f"delta(Tensor base_output, {_TERM}) -> (Tensor, Tensor, Tensor)")
+delta_ = ops.define(f"delta_(Tensor(a!) base_output, {_TERM}) -> (Tensor, Tensor)")
+delta_backward = ops.define(
     "delta_backward(Tensor dy, Tensor? x, Tensor lora_A, Tensor lora_B, Tensor? S, Tensor? mask, "
     "float scaling, Tensor? scaling_tensor, float dropout_p, bool[3] needs, str backend) "
-    "-> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "-> Tensor[]"
 )
-delta = torch.ops.fused_lora.delta.default
-delta_ = torch.ops.fused_lora.delta_.default
-delta_backward = torch.ops.fused_lora.delta_backward.default
 
 
 def _delta(base_output: Tensor, x: Tensor, *term: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -254,13 +244,9 @@ def _delta_backward_fake(
     ]
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("delta", _delta, _key)
-    _library.impl("delta_", _delta_, _key)
-    _library.impl("delta_backward", _delta_backward, _key)
-torch.library.register_fake("fused_lora::delta", _delta_fake, lib=_library)
-torch.library.register_fake("fused_lora::delta_", _delta_in_place_fake, lib=_library)
-torch.library.register_fake("fused_lora::delta_backward", _delta_backward_fake, lib=_library)
+ops.register(delta, _delta, _delta_fake)
+ops.register(delta_, _delta_, _delta_in_place_fake)
+ops.register(delta_backward, _delta_backward, _delta_backward_fake)
 
 
 def _check(

@@ -93,7 +93,8 @@ def run(
         y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, *options, *adapters)
     else:
         *numbers, backend = options
-        y = ops.forward(rows, weight, lora_A, lora_B, bias, *numbers, adapters, backend, False)[0]
+        given = (rows, weight, lora_A, lora_B, bias, *numbers, adapters, backend, False)
+        y = ops.call(ops.forward, *given)[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -124,39 +125,39 @@ def _check_tensors(
             "weight, lora_A and lora_B must be matrices [out, in], [r, in], [out, r]: got "
             f"{_shape(weight)}, {_shape(lora_A)}, {_shape(lora_B)}"
         )
-    N, K = weight.shape
-    r = lora_A.shape[0]
+    (N, K), (r, A_columns), (B_rows, B_columns) = weight.shape, lora_A.shape, lora_B.shape
     if x.shape[-1] != K:
         raise ValueError(
             f"x has {x.shape[-1]} features, weight expects in_features {K}: got x {_shape(x)} and "
             f"weight {_shape(weight)}"
         )
-    if lora_A.shape[1] != K:
+    if A_columns != K:
         raise ValueError(
-            f"lora_A has in_features {lora_A.shape[1]}, weight expects {K}: got lora_A "
+            f"lora_A has in_features {A_columns}, weight expects {K}: got lora_A "
             f"{_shape(lora_A)} and weight {_shape(weight)}"
         )
-    if lora_B.shape[0] != N:
+    if B_rows != N:
         raise ValueError(
-            f"lora_B has out_features {lora_B.shape[0]}, weight expects {N}: got lora_B "
+            f"lora_B has out_features {B_rows}, weight expects {N}: got lora_B "
             f"{_shape(lora_B)} and weight {_shape(weight)}"
         )
-    if lora_B.shape[1] != r:
+    if B_columns != r:
         raise ValueError(
-            f"lora_A has rank {r}, lora_B has rank {lora_B.shape[1]}: got lora_A {_shape(lora_A)} "
+            f"lora_A has rank {r}, lora_B has rank {B_columns}: got lora_A {_shape(lora_A)} "
             f"and lora_B {_shape(lora_B)}; expected [r, in] and [out, r]"
         )
     if r < 1:
         raise ValueError(f"the rank must be at least 1: got lora_A {_shape(lora_A)}")
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias must have shape ({N},), weight's out_features: got {_shape(bias)}")
-    if not autocast:
-        for name, fixed in (("weight", weight), ("bias", bias)):
-            if fixed is not None and fixed.dtype != x.dtype:
-                raise TypeError(
-                    f"{name} is {fixed.dtype}, x is {x.dtype}, expected one dtype: cast x, or run "
-                    "under torch.autocast"
-                )
+    if autocast:
+        return
+    for fixed, name in ((weight, "weight"), (bias, "bias")):
+        if fixed is not None and fixed.dtype != x.dtype:
+            raise TypeError(
+                f"{name} is {fixed.dtype}, x is {x.dtype}, expected one dtype: cast x, or run "
+                "under torch.autocast"
+            )
 
 
 def _check_options(

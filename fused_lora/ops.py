@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from fused_lora import aten_backend, dropout
 from fused_lora.scale import Adapters, Scale, padded_rank
@@ -74,20 +77,51 @@ def resolve(backend: str, x: Tensor, N: int, r: int) -> str:
 
 
 _library = torch.library.Library("fused_lora", "DEF")
-_library.define(
+_kernels: dict[OpOverload, Callable[..., Any]] = {}
+
+
+def define(schema: str) -> OpOverload:
+    """A new operator of namespace fused_lora; `register` gives it what it does."""
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return getattr(torch.ops.fused_lora, schema.partition("(")[0]).default
+
+
+def register(operator: OpOverload, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Give an operator its kernel, one for CPU and CUDA, and its fake implementation."""
+    for key in ("CPU", "CUDA"):
+        _library.impl(operator, kernel, key)
+    torch.library.register_fake(operator, fake, lib=_library)
+    _kernels[operator] = kernel
+
+
+def call(operator: OpOverload, x: Tensor, *arguments: Any) -> Any:
+    """`operator(x, *arguments)`; past the dispatcher, which takes as long as the launches, where
+    nobody watches it: no compiler, mode, transform, trace, profiler, tensor subclass, meta device.
+    """
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or not _UNWATCHED.issuperset(map(type, (x, *arguments)))
+        or not (x.is_cuda or x.is_cpu)
+    )
+    return (operator if watched else _kernels[operator])(x, *arguments)
+
+
+_UNWATCHED = {Tensor, nn.Parameter, bool, int, float, str, list, tuple, type(None)}
+
+forward = define(
     "forward(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
     "Tensor? scaling_tensor, float dropout_p, Tensor? seed, Tensor[] adapters, str backend, "
-    "bool for_backward) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "bool for_backward) -> Tensor[]"
 )
-_library.define(
+backward = define(
     "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? S, "
     "Tensor? mask, float scaling, Tensor? scaling_tensor, float dropout_p, Tensor[] adapters, "
-    "bool[5] needs, str backend) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "bool[5] needs, str backend) -> Tensor[]"
 )
-forward = torch.ops.fused_lora.forward.default
-backward = torch.ops.fused_lora.backward.default
 
 
 def _forward(
@@ -195,11 +229,8 @@ def _backward_fake(
     ]
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("forward", _forward, _key)
-    _library.impl("backward", _backward, _key)
-torch.library.register_fake("fused_lora::forward", _forward_fake, lib=_library)
-torch.library.register_fake("fused_lora::backward", _backward_fake, lib=_library)
+register(forward, _forward, _forward_fake)
+register(backward, _backward, _backward_fake)
 
 
 def _as_given(x: Tensor) -> contextlib.AbstractContextManager:

@@ -268,7 +268,8 @@ class _Dequantised(torch.autograd.Function):
         options = (scaling, None, dropout_p, seed, one_adapter, backend)
         needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         keep = differentiates and (needs_x or needs_A or needs_B)
-        y, *kept = ops.forward(x, weight, lora_A, lora_B, cast_bias, *options, keep)
+        given = (x, weight, lora_A, lora_B, cast_bias, *options, keep)
+        y, *kept = ops.call(ops.forward, *given)
         S, *mask = kept or (None,)
         ctx.save_for_backward(
             x if needs_A else None,
@@ -290,7 +291,8 @@ class _Dequantised(torch.autograd.Function):
         weight = _unpacked(packed, ctx.state, dy.dtype)
         needs = [needs_x, False, needs_A, needs_B, needs_bias]
         computed = iter(
-            ops.backward(
+            ops.call(
+                ops.backward,
                 *(dy, x, weight, lora_A, lora_B, S, mask, *ctx.options),
                 *([], needs, ctx.backend),
             )

@@ -34,12 +34,16 @@ def play(function, inputs, options):
     first = inputs[0]
     if INTERPRETING:
         return function(Tape(inputs), *inputs, *options)
-    addresses = [0 if t is None else t.data_ptr() for t in inputs]
-    facts = [
-        None if t is None else (t.dtype, t.shape, t.stride(), address & 15)
-        for t, address in zip(inputs, addresses, strict=True)
-    ]
-    key = (function, first.get_device(), options, *facts)
+    addresses, facts = [], [function, first.get_device(), options]
+    for t in inputs:
+        if t is None:
+            addresses.append(0)
+            facts.append(None)
+        else:
+            address = t.data_ptr()
+            addresses.append(address)
+            facts += (t.dtype, t.shape, t.stride(), address & 15)
+    key = tuple(facts)
     tape = _tapes.get(key)
     if tape is not None and not _profiled():
         return tape.replay(first, addresses)

@@ -1,0 +1,103 @@
+"""Whoever watches operators sees ours; where nobody does, calls go past torch's dispatcher."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_lora import lora_linear, ops, testing
+
+OPERATORS = {"fused_lora::forward": ops.forward, "fused_lora::backward": ops.backward}
+
+
+@pytest.fixture
+def past(monkeypatch):
+    """Names of the operators whose kernels are called past the dispatcher."""
+    seen = []
+
+    def noting(name, kernel):
+        return lambda *arguments: (seen.append(name), kernel(*arguments))[1]
+
+    for name, operator in OPERATORS.items():
+        monkeypatch.setitem(ops._kernels, operator, noting(name, ops._kernels[operator]))
+    return seen
+
+
+def step(case):
+    leaves = [case.x.requires_grad_(), case.lora_A.requires_grad_(), case.lora_B.requires_grad_()]
+    y = lora_linear(case.x, case.weight, case.lora_A, case.lora_B, backend="aten")
+    return torch.autograd.grad(y, leaves, case.dy)
+
+
+class Watching(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def case():
+    return testing.make_case(5, 24, 32, 4, torch.float32)
+
+
+def test_unwatched_calls_go_past_the_dispatcher_and_give_the_same(case, past):
+    direct = step(case)
+    assert past == list(OPERATORS)
+    with torch.no_grad():
+        lora_linear(case.x, case.weight, case.lora_A, case.lora_B, backend="aten")
+    assert past == [*OPERATORS, "fused_lora::forward"]
+    with Watching():
+        for expected, got in zip(direct, step(case), strict=True):
+            assert torch.equal(expected, got)
+
+
+def test_a_dispatch_mode_sees_both_operators(case, past):
+    with Watching() as mode:
+        step(case)
+    assert past == [] and set(OPERATORS.values()) <= set(mode.seen)
+    with FlopCounterMode(display=False) as flops:
+        step(case)
+    assert past == [] and flops is not None
+
+
+def test_a_profiler_sees_both_operators(case, past):
+    with torch.profiler.profile() as profile:
+        step(case)
+    assert past == [] and set(OPERATORS) <= {event.key for event in profile.key_averages()}
+
+
+def test_a_trace_records_the_operator(case, past):
+    def layer(x, weight, lora_A, lora_B):
+        return lora_linear(x, weight, lora_A, lora_B, backend="aten")
+
+    with torch.no_grad():
+        arguments = (case.x, case.weight, case.lora_A, case.lora_B)
+        symbolic = make_fx(layer)(*arguments)
+        scripted = torch.jit.trace(layer, arguments, check_trace=False)
+    assert past == [] and ops.forward in {node.target for node in symbolic.graph.nodes}
+    assert "fused_lora::forward" in str(scripted.graph)
+
+
+def test_a_tensor_subclass_gets_the_operator(case, past):
+    class Named(torch.Tensor):
+        pass
+
+    with torch.no_grad():
+        x = case.x.as_subclass(Named)
+        lora_linear(x, case.weight, case.lora_A, case.lora_B, backend="aten")
+    assert past == []
+
+
+def test_a_transform_is_refused_before_a_kernel_asks_for_addresses(case, past):
+    layer = torch.vmap(lora_linear, (0, None, None, None))
+    x = torch.stack([case.x, case.x])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        layer(x, case.weight, case.lora_A, case.lora_B)
+    assert past == []
