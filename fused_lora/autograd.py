@@ -51,13 +51,12 @@ class LoRALinearFunction(torch.autograd.Function):
             backend,
             True,
         )
-        needs_weight, needs_A, needs_B = ctx.needs_input_grad[1:4]
         ctx.save_for_backward(
-            x if needs_weight or needs_A else None,
+            x if weight.requires_grad or lora_A.requires_grad else None,
             weight,
             lora_A,
             lora_B,
-            S if needs_B else None,
+            S if lora_B.requires_grad else None,
             mask[0] if mask else None,
             scaling_tensor,
             *adapters,

@@ -54,17 +54,17 @@ def lora_linear(
         x = x.to(torch.get_autocast_dtype(device_type))
     _check_tensors(x, weight, lora_A, lora_B, bias, autocast)
     _check_options(x, scaling, dropout_p, seed, backend)
-    if backend == "triton" and not torch.compiler.is_compiling():
-        ops.require_triton(x)  # before a seed is drawn; compiled code learns it from the operator
     factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
         scaling_tensor = scaling.to(x.device, torch.float32)
     else:
         factor = float(scaling)
-    if dropout_p > 0.0 and seed is None:
-        seed = dropout.draw_seed(x.device)
     if dropout_p == 0.0:
         seed = None
+    elif seed is None:
+        if backend == "triton" and not torch.compiler.is_compiling():
+            ops.require_triton(x)  # a refused call draws no seed
+        seed = dropout.draw_seed(x.device)
 
     options = (factor, scaling_tensor, dropout_p, seed, backend)
     return run(x, weight, lora_A, lora_B, bias, options)
