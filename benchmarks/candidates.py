@@ -184,43 +184,82 @@ class RankGrad(Candidate):
     tiles: config.RankGrad
 
     def prepare(self, o: Operands) -> Call:
-        i = o.inputs
-        (M, K), (N, r) = i.x.shape, i.lora_B.shape
-        counts = tile_counts(K, N, r, self.tiles, True, True)
-        slots = sum(counts[:2]) * counts[2]
-        splits = config.rank_grad_splits(triton_backend._device(i.x.device), slots, M, self.tiles)
-
         def call() -> Results:
-            dA, dB = torch.empty_like(i.lora_A), torch.empty_like(i.lora_B)
-            elements = partial_elements(counts, splits, r, self.tiles)
-            rank_grad(
-                self.tiles,
-                splits,
-                M,
-                r,
-                x=i.x,
-                dS=o.dS,
-                dA=dA,
-                dY=i.dy,
-                S=o.S,
-                dB=dB,
-                partial=i.x.new_empty(elements, dtype=torch.float32) if splits > 1 else None,
-                counters=i.x.new_zeros(slots, dtype=torch.int32) if splits > 1 else None,
-            )
-            return {"dA": dA, "dB": dB}
+            return _rank_grad(self.tiles, o, o.dS, _Counters(self.tiles, o, zeroed=True))
 
         return call
 
 
 @dataclass(frozen=True)
+class Backward(Candidate):
+    """shrink, dX and rank_grad, as the layer launches them on the path pdl."""
+
+    plan: config.Product
+    tiles: config.RankGrad
+    behind: bool
+
+    def prepare(self, o: Operands) -> Call:
+        s = side(o, "dx")
+
+        def call() -> Results:
+            dS = torch.empty_like(o.dS)
+            counters = _Counters(self.tiles, o, zeroed=False)
+            dx = _run(self.plan, s, o.inputs.scaling, S=dS, counters=counters.tensor)
+            return {"dx": dx} | _rank_grad(self.tiles, o, dS, counters, self.behind)
+
+        return call
+
+
+class _Counters:
+    """What rank_grad needs beside its results: splits, partial sums, counters."""
+
+    def __init__(self, tiles: config.RankGrad, o: Operands, *, zeroed: bool) -> None:
+        i = o.inputs
+        (M, K), (N, r) = i.x.shape, i.lora_B.shape
+        counts = tile_counts(K, N, r, tiles, True, True)
+        slots = sum(counts[:2]) * counts[2]
+        self.splits = config.rank_grad_splits(triton_backend._device(i.x.device), slots, M, tiles)
+        self.partial = self.tensor = None
+        if self.splits > 1:
+            elements = partial_elements(counts, self.splits, r, tiles)
+            self.partial = i.x.new_empty(elements, dtype=torch.float32)
+            self.tensor = (i.x.new_zeros if zeroed else i.x.new_empty)(slots, dtype=torch.int32)
+        self.dA, self.dB = torch.empty_like(i.lora_A), torch.empty_like(i.lora_B)
+
+
+def _rank_grad(
+    tiles: config.RankGrad, o: Operands, dS: Tensor, c: _Counters, behind: bool = False
+) -> Results:
+    i = o.inputs
+    rank_grad(
+        tiles,
+        c.splits,
+        i.x.shape[0],
+        i.lora_B.shape[1],
+        x=i.x,
+        dS=dS,
+        dA=c.dA,
+        dY=i.dy,
+        S=o.S,
+        dB=c.dB,
+        partial=c.partial,
+        counters=c.tensor,
+        behind=behind,
+    )
+    return {"dA": c.dA, "dB": c.dB}
+
+
+@dataclass(frozen=True)
 class Layer(Candidate):
     """The layer as a user calls it. compute: "triton", "aten" or "auto", this library's backends,
-    or "eager3" or "addmm" of providers.py. path: one of config.PATHS, forced, or "auto"."""
+    or "eager3" or "addmm" of providers.py. path: one of config.PATHS, forced, or "auto"; rank_grad:
+    one of config.RANK_GRADS."""
 
     compute: str
     mode: str  # "fwd", without gradients, or "fwd+bwd"
     path: str = "auto"
     dropout: bool = False
+    rank_grad: str = "after"
 
     @property
     def rule(self) -> str:  # type: ignore[override]
@@ -236,7 +275,8 @@ class Layer(Candidate):
         forward = self._function(o.inputs)
 
         def call() -> Results:
-            forced, config.PATH = config.PATH, self.path
+            forced = config.PATH, config.RANK_GRAD
+            config.PATH, config.RANK_GRAD = self.path, self.rank_grad
             try:
                 with torch.set_grad_enabled(self.mode != "fwd"):
                     y = forward(leaves["dx"], o.inputs.weight, leaves["dA"], leaves["dB"])
@@ -245,7 +285,7 @@ class Layer(Candidate):
                     grads = torch.autograd.grad(y, tuple(leaves.values()), o.inputs.dy)
                 return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
             finally:
-                config.PATH = forced
+                config.PATH, config.RANK_GRAD = forced
 
         return call
 
@@ -284,11 +324,18 @@ def _matmul(
     run(x, w, y, tiles, triton_backend._device(x.device).sm_count, b=b, S=S, pdl=pdl)
 
 
-def _run(plan: config.Product, s: Side, scaling: float) -> Tensor:
+def _run(
+    plan: config.Product,
+    s: Side,
+    scaling: float,
+    S: Tensor | None = None,
+    counters: Tensor | None = None,
+) -> Tensor:
+    """y of a plan. S to write to and counters to zero may be given where it has a shrink."""
     M, r = s.x.shape[0], s.a.shape[0]
     y = s.new_result()
 
-    def counters(count: int) -> Tensor:
+    def zeros(count: int) -> Tensor:
         return s.x.new_zeros(count, dtype=torch.int32)
 
     if plan.path == "decode":
@@ -308,16 +355,17 @@ def _run(plan: config.Product, s: Side, scaling: float) -> Tensor:
             scale=scaling,
             partial=partial,
             partial_s=partial_s,
-            counters=counters(sizes[2]) if split else None,
+            counters=zeros(sizes[2]) if split else None,
         )
         return y
     assert plan.matmul is not None
     if plan.path == "single":
         matmul(s.x, s.w, y, plan.matmul, a=s.a, b=s.b, scale=scaling, single=True)
         return y
-    S = s.x.new_empty((M, padded_rank(r)))
+    if S is None:
+        S = s.x.new_empty((M, padded_rank(r)))
     if plan.path == "producer":
-        flags = counters(-(-M // plan.matmul.BLOCK_M))
+        flags = zeros(-(-M // plan.matmul.BLOCK_M))
         programs = triton_backend._device(s.x.device).sm_count
         producer_matmul(
             s.x, s.w, s.a, s.b, y, S, flags, plan.matmul, programs, scale=scaling
@@ -325,7 +373,12 @@ def _run(plan: config.Product, s: Side, scaling: float) -> Tensor:
         return y
     assert plan.shrink is not None
     pdl = plan.path in ("pdl", "gluon")
-    shrink(s.x, s.a, S, plan.shrink, plan.shrink_programs, scale=scaling, trigger=pdl)
+    shrink(
+        *(s.x, s.a, S, plan.shrink, plan.shrink_programs),
+        scale=scaling,
+        counters=counters,
+        trigger=pdl,
+    )
     op = {"gluon": "matmul_gluon", "portable": "matmul"}.get(plan.path, "matmul_descriptor")
     _matmul(op, s.x, s.w, y, plan.matmul, b=s.b, S=S, pdl=pdl)
     return y

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from candidates import Candidate, Layer, Path, Product, RankGrad, Shrink
+from candidates import Backward, Candidate, Layer, Path, Product, RankGrad, Shrink
 from results import Case
 from trial import Group
 
@@ -51,7 +51,10 @@ MODEL = {
 PLAIN_GAP = 1.025  # our plain product over the library's, from published kernels
 GLUON_GAP = 1.0
 DECODE = {4096: 1.03, 14336: 1.013}  # by N, K = 4096, r = 16
-RANK_GRAD_SHARE = 0.131  # of dX, at SQUARE and r = 16
+# of dX, at SQUARE: after it, behind it (PDL), and on the same SMs as well
+RANK_GRAD_SHARE = 0.131
+BEHIND_SHARE = {16: 0.079, 64: 0.093}
+RESIDENT_SHARE = {16: 0.041, 64: 0.051}
 
 
 def _case(mode: str, shape: tuple[int, int, int], r: int) -> Case:
@@ -236,12 +239,34 @@ def backward(device: config.Device) -> list[Group]:
         first = {"rank_grad 64x64": RANK_GRAD_SHARE} if (shape, r) == (SQUARE, 16) else {}
         M, K, N = shape
         groups.append(Group(f"rank_grad {case}", case, DX, ranks, first, bytes=2 * M * (K + N)))
+    for shape, r in ((SQUARE, 16), (SQUARE, 64), (UP, 16), (DOWN, 16)):
+        case = _case("dx", shape, r)
+        plan = plan_of("pdl", device, case, "dx")
+        assert plan.matmul is not None
+        halves = replace(plan, matmul=replace(plan.matmul, STORE_PARTS=2))
+        wide = forms["64x128, 2 stages"]
+        candidates: list[Candidate] = [
+            Product(PLAIN, DX, "matmul_descriptor", plan.matmul, adapter=False),
+            Backward("after", plan, default, behind=False),
+            Backward("behind", plan, default, behind=True),
+            Backward("after, dx in halves", halves, default, behind=False),
+            Backward("behind, dx in halves", halves, default, behind=True),
+            Backward("behind, dx in halves, 64x128", halves, wide, behind=True),
+        ]
+        first = {}
+        if shape == SQUARE:
+            pdl = MODEL[SQUARE]["pdl"][r]
+            first = {"after": pdl + RANK_GRAD_SHARE, "behind": pdl + BEHIND_SHARE[r]}
+            first["behind, dx in halves, 64x128"] = pdl + RESIDENT_SHARE[r]
+        first = {name: round(ratio, 3) for name, ratio in first.items()}
+        groups.append(Group(f"backward {case}", case, DX, candidates, first, yardstick=PLAIN))
     step = (2 * MODEL[SQUARE]["pdl"][16] * PLAIN_GAP + RANK_GRAD_SHARE) / 2
     for shape, r in ((SQUARE, 16), (UP, 16), (DOWN, 16), (SQUARE, 64)):
         case = _case("fwd+bwd", shape, r)
         layers = [
             *(Layer(path, "triton", "fwd+bwd", path) for path in ("pdl", "gluon", "serial")),
             *(Layer(name, name, "fwd+bwd") for name in ("aten", "addmm", "eager3")),
+            Layer("rank_grad behind", "triton", "fwd+bwd", "pdl", rank_grad="behind"),
             Layer("dropout", "triton", "fwd+bwd", dropout=True),
         ]
         first = {"pdl": round(step, 3)} if (shape, r) == (SQUARE, 16) else {}

@@ -130,8 +130,9 @@ def backward(
         *(adapters or _ONE_ADAPTER),
     )
     options = (
-        config.PATH, _precision(dy), scale.value, dropout_p, needs_x, needs_A, needs_B
-    )  # fmt: skip
+        *(config.PATH, config.RANK_GRAD, _precision(dy), scale.value, dropout_p),
+        *(needs_x, needs_A, needs_B),
+    )
     return play(_backward, inputs, options)
 
 
@@ -150,6 +151,7 @@ def _backward(
     scalings: Tensor | None,
     window: Tensor | None,
     path: str,
+    rank_grad_start: str,
     precision: str,
     scale_value: float,
     dropout_p: float,
@@ -167,6 +169,9 @@ def _backward(
     apart = weight is None and needs_x
     dS = tape.empty((M, padded_rank(r))) if needs_A or apart else None
     dx = tape.empty((M, K)) if needs_x else None
+    # allocated before dX is launched: nothing that dX uses and lets go may become theirs
+    dA = tape.empty(lora_A.shape, lora_A.dtype) if needs_A else None
+    dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     plan = None
     if dx is not None and weight is not None:
         plan = _plan(dy, weight, a, dx, pack, masked=mask)
@@ -207,8 +212,6 @@ def _backward(
             input_precision=precision,
         )
 
-    dA = tape.empty(lora_A.shape, lora_A.dtype) if needs_A else None
-    dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     if needs_A or needs_B:
         rank_grad(
             tiles,
@@ -226,6 +229,7 @@ def _backward(
             partial=partial,
             counters=counters,
             adapters=pack,
+            behind=config.rank_grad_behind(plan),
             input_precision=precision,
         )
     return [dx, dA, dB]

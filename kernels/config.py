@@ -27,6 +27,9 @@ TUNED = Path(__file__).parent / "tuned"
 #   decode    one launch for few tokens, K split over programs
 PATHS = ("pdl", "gluon", "serial", "producer", "portable", "single", "decode")
 PATH = os.environ.get("FUSED_LORA_PATH", "auto")
+# When rank_grad starts: "after" dX, or "behind" it (PDL) where dX takes the path pdl.
+RANK_GRADS = ("after", "behind")
+RANK_GRAD = os.environ.get("FUSED_LORA_RANK_GRAD", "after")
 
 MAX_SINGLE_RANK = 64
 # (tokens, rank) that one tile of decode holds, by the dtype's bits: fp32 has half the registers
@@ -367,6 +370,13 @@ def shrink_programs(
         if shrink_seconds <= tile_seconds:
             return min(idle, blocks)
     return min(device.sm_count, blocks)
+
+
+def rank_grad_behind(plan: Product | None) -> bool:
+    """Whether rank_grad starts while the dX of this plan still runs."""
+    if RANK_GRAD not in RANK_GRADS:
+        raise ValueError(f"FUSED_LORA_RANK_GRAD must be one of {RANK_GRADS}: got {RANK_GRAD!r}")
+    return RANK_GRAD == "behind" and plan is not None and plan.path == "pdl"
 
 
 def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad) -> int:

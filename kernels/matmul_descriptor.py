@@ -76,6 +76,8 @@ def matmul_descriptor_kernel(
                     w = w_desc.load([step * BLOCK_K, column])
                 acc = tl.dot(x, w, acc)
             tl.extra.cuda.gdc_wait()
+            # shrink is complete: what needs its results, and not y, may start (rank_grad)
+            tl.extra.cuda.gdc_launch_dependents()
         for step in tl.range(first, steps):
             left = x_desc
             right = w_desc

@@ -47,6 +47,7 @@ def rank_grad_kernel(
     WANT_B: tl.constexpr,
     DROPOUT: tl.constexpr,
     SPLITS: tl.constexpr,
+    BEHIND: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -121,6 +122,8 @@ def rank_grad_kernel(
                 BLOCK_R,
                 SCAN,
             )
+    if BEHIND:  # whatever follows this kernel counts on dX, too
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
@@ -254,6 +257,7 @@ def rank_grad(
     partial=None,
     counters=None,
     adapters=None,
+    behind=False,
     input_precision="ieee",
 ):
     """Launch `rank_grad_kernel` for the gradients whose three tensors are given.
@@ -261,6 +265,9 @@ def rank_grad(
     x [M, K], dS [M, >= r] -> dA [r, K]; dY [M, N], S [M, >= r] -> dB [N, r]. `mask` holds dropout
     bits of x's shape. `partial` fp32 and `counters` int32 (zeroed) are needed when splits > 1.
     `adapters`: whose the tokens and the r columns are, if S and dS pack several.
+    `behind` (PDL) starts it while the launch before it still runs, which must be the descriptor
+    matmul launched with `pdl`: it lets others start when dS is complete, and writes nothing that is
+    read here. Until it ends, nothing that it uses may be given to this launch to write to.
     """
     want_A, want_B = dA is not None, dB is not None
     K = dA.shape[1] if want_A else 0
@@ -295,6 +302,7 @@ def rank_grad(
             want_B,
             mask is not None,
             splits,
+            behind,
             input_precision,
             config.BLOCK_M,
             config.BLOCK_C,
@@ -302,4 +310,5 @@ def rank_grad(
             SCAN,
         ),
         config,
+        pdl=behind,
     )

@@ -200,10 +200,16 @@ def launches(target: str, bits: int):
         run(dy, weight, B.t(), A, x, S, counters, tiles, 132)
         yield f"matmul_producer[{index}] r=64 dX"
     for index, tiles in enumerate(table["rank_grad"]):
-        for r, mask, many in (
-            *((r, mask, None) for mask in (None, bits_x) for r in (16, 128)),
-            *((128, mask, pack(128)) for mask in (None, bits_x)),
-        ):
+        variants = {
+            f"r={r}{' dropout' if mask is not None else ''}": (r, {"mask": mask})
+            for mask in (None, bits_x)
+            for r in (16, 128)
+        }
+        for mask, name in ((None, ""), (bits_x, " dropout")):
+            variants[f"r=128{name}, many adapters"] = 128, {"mask": mask, "adapters": pack(128)}
+        if table.get("matmul_descriptor"):
+            variants |= {f"r={r} behind dX": (r, {"behind": True}) for r in (16, 128)}
+        for name, (r, options) in variants.items():
             A, B, S = factors(r)
             rank_grad.rank_grad(
                 tiles,
@@ -216,14 +222,11 @@ def launches(target: str, bits: int):
                 dY=dy,
                 S=S,
                 dB=B,
-                mask=mask,
                 partial=partial,
                 counters=counters,
-                adapters=many,
+                **options,
             )
-            suffix = "" if mask is None else " dropout"
-            suffix += "" if many is None else ", many adapters"
-            yield f"rank_grad[{index}] r={r}{suffix}"
+            yield f"rank_grad[{index}] {name}"
     for index, tiles in enumerate(table["decode"]):
         most = config.MAX_DECODE[bits]
         for tokens, r, many in (

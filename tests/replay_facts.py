@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 LAUNCHES, WORDS = 16, 64
 M, N, K, R = 256, 512, 384, 16
+BEHIND = "rank_grad behind dX"
 SEVERAL, SHARED_STORAGE = "several adapters", "two inputs share an address"
 TWO_TAPES = (SEVERAL, SHARED_STORAGE)
 
@@ -31,6 +32,7 @@ def cases():
     """{name: (path, tokens, options)}"""
     named = {path: (path, M, {}) for path in ("pdl", "serial", "portable", "single", "producer")}
     named["decode"] = ("decode", 16, {})
+    named[BEHIND] = ("pdl", M, {"rank_grad": "behind"})
     named["dropout"] = ("pdl", M, {"dropout_p": 0.25})
     named["fp32 adapters, rank 3"] = ("pdl", M, {"r": 3, "adapters_fp32": True})
     named["bias and scaling tensor"] = ("pdl", M, {"bias": True, "scaling": True})
@@ -109,7 +111,8 @@ def facts(stub, path, tokens, options):
 
     from fused_lora.kernels import config, tape
 
-    config.PATH = path
+    options = dict(options)
+    config.PATH, config.RANK_GRAD = path, options.pop("rank_grad", "after")
     launched = ctypes.c_uint.in_dll(stub, "stub_launched")
     noted = (Launch * LAUNCHES).in_dll(stub, "stub_launches")
     parameters = (ctypes.c_uint * LAUNCHES).in_dll(stub, "stub_parameters")

@@ -125,6 +125,8 @@ def test_candidates_compute_what_the_library_computes(bench):
         bench.candidates.Product("S given", both, "matmul", matmul, adapter=True),
         bench.candidates.Shrink("shrink", both, shrink, 2),
         bench.candidates.RankGrad("rank_grad", tiles["rank_grad"][0]),
+        bench.candidates.Backward("after", plan, tiles["rank_grad"][0], behind=False),
+        bench.candidates.Backward("behind", plan, tiles["rank_grad"][0], behind=True),
         Run("portable", both, plan),
         Run("single", both, config.Product("single", "", matmul=matmul)),
         Run("decode", both, config.Product("decode", "", decode=tiles["decode"][0])),

@@ -142,6 +142,17 @@ def test_a_forced_path_is_taken_where_it_can_run(monkeypatch):
         choose(H100, 33, 4096, 4096, 16)
 
 
+def test_rank_grad_runs_behind_dx_only_where_dx_lets_it(monkeypatch):
+    pdl, decode = choose(H100, 8192, 4096, 4096, 16), choose(H100, 32, 4096, 4096, 16)
+    assert not config.rank_grad_behind(pdl)
+    monkeypatch.setattr(config, "RANK_GRAD", "behind")
+    assert config.rank_grad_behind(pdl)
+    assert not config.rank_grad_behind(decode) and not config.rank_grad_behind(None)
+    monkeypatch.setattr(config, "RANK_GRAD", "before")
+    with pytest.raises(ValueError, match="FUSED_LORA_RANK_GRAD must be one of"):
+        config.rank_grad_behind(pdl)
+
+
 def test_auto_takes_the_kernels_only_where_they_are_built_for():
     sizes = (8192, 4096, 4096, 16)
     assert config.choose_backend(H100, 16, *sizes) == "triton"

@@ -68,6 +68,43 @@ def test_without_the_wait_the_delayed_shrink_is_noticed(monkeypatch):
     assert y.isnan().any()
 
 
+def test_rank_grad_behind_dx_sees_a_delayed_ds_and_ends_after_dx():
+    """shrink writes dS late: the matmul lets rank_grad start only when it is there. What follows
+    rank_grad on the stream reads all of dX."""
+    hopper()
+    tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
+    grad_tiles = config.defaults()["sm_90"]["16"]["rank_grad"][0]
+    tokens, size = 8192, 4096  # a dX of several waves
+    dy, weight, x, A = bf16(tokens, size), bf16(size, size), bf16(tokens, size), bf16(R, size)
+    S, dS = bf16(tokens, R), bf16(tokens, R)
+    exact_dA, exact_dB = dS.double().t() @ x.double(), dy.double().t() @ S.double()
+    exact_dx = dy.double() @ weight.double() + dS.double() @ A.double()
+    for _ in range(20):
+        late, dx = torch.full_like(dS, float("nan")), torch.full_like(x, float("nan"))
+        dA, dB = torch.empty_like(A), torch.empty_like(A.t())
+        torch.cuda.synchronize()
+        _late_copy[(cdiv(dS.numel(), 1024),)](dS, late, dS.numel(), 2_000_000, 1024)
+        matmul_descriptor.descriptor_matmul(dy, weight, dx, tiles, 132, b=A, S=late, pdl=True)
+        rank_grad.rank_grad(
+            *(grad_tiles, 1, tokens, R), x=x, dS=late, dA=dA, dY=dy, S=S, dB=dB, behind=True
+        )
+        copy = dx.clone()
+        torch.cuda.synchronize()
+        for got, exact in ((dA, exact_dA), (dB, exact_dB), (copy, exact_dx)):
+            assert (got.double() - exact).norm() <= 2**-7 * exact.norm()
+
+
+@pytest.mark.parametrize("rank", [3, R, 64])
+def test_rank_grad_behind_dx_gives_the_same_bits(rank, monkeypatch):
+    hopper()
+    case = testing.make_case(8192, 4096, 4096, rank, torch.bfloat16, device="cuda", amplify=False)
+    after = testing.gradients(fused, *case.tensors())
+    monkeypatch.setattr(config, "RANK_GRAD", "behind")
+    for _ in range(100):
+        behind = testing.gradients(fused, *case.tensors())
+        assert all(torch.equal(behind[name], after[name]) for name in after)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("tokens", [16, 512])
 def test_a_graph_replays_with_changed_inputs_and_draws_new_masks(tokens, dropout_p):

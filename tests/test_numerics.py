@@ -26,7 +26,8 @@ from shapes import (
 )
 
 from fused_lora import lora_linear, ops, reference
-from fused_lora.kernels import config
+from fused_lora.kernels import config, rank_grad
+from fused_lora.kernels.launch import launch
 from fused_lora.testing import check, make_case, violations_of
 
 kernels = pytest.mark.kernels
@@ -107,6 +108,23 @@ def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
     for inputs in (case, case.without_base()):
         assert violations(results(layer, inputs), inputs, floor=False) == []
     assert set(taken) == {path}
+
+
+@kernels
+@pytest.mark.skipif("pdl" not in PATHS, reason="this GPU takes the portable kernel")
+@pytest.mark.parametrize("dtype", (FP16, BF16))
+def test_rank_grad_behind_dx_gives_the_same_bits(dtype, force, device, monkeypatch):
+    taken = force("pdl")
+    case = make_case(200, 128, 192, 24, dtype, device=device)
+    after = results(TRITON, case)
+    monkeypatch.setattr(config, "RANK_GRAD", "behind")
+    launched = []
+    monkeypatch.setattr(
+        rank_grad, "launch", lambda *given, pdl: (launched.append(pdl), launch(*given, pdl=pdl))
+    )
+    behind = results(TRITON, case)
+    assert set(taken) == {"pdl"} and launched == [True]
+    assert all(torch.equal(behind[name], after[name]) for name in after)
 
 
 @kernels

@@ -46,9 +46,12 @@ def test_a_call_is_recorded_unless_its_tensors_cannot_be_told_apart(case, facts)
 
 
 def test_recorded_launches_carry_programmatic_dependence(facts):
-    """Launch attributes, the last entry of the setup, on the descriptor matmuls of pdl alone."""
-    attributes = {
-        path: [launch[6] for launch in facts[path]["replayed"]] for path in ("pdl", "serial")
-    }
-    assert attributes["pdl"][1] > attributes["serial"][1]
-    assert attributes["pdl"][0] == attributes["serial"][0]
+    """Launch attributes, the last entry of the setup: on the descriptor matmuls of pdl, and where
+    it is behind dX on rank_grad. Launches: forward's two, then shrink, matmul, rank_grad."""
+    serial, pdl, behind = (
+        [launch[6] for launch in facts[case]["replayed"]][:5]
+        for case in ("serial", "pdl", replay_facts.BEHIND)
+    )
+    more = [a - b for a, b in zip(pdl, serial, strict=True)]
+    assert more == [0, 1, 0, 1, 0]
+    assert [a - b for a, b in zip(behind, serial, strict=True)] == [0, 1, 0, 1, 1]
