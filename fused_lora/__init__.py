@@ -3,7 +3,7 @@
 `lora_linear` is the function, `FusedLoRALinear` the layer, `apply_lora` puts layers into a model,
 `reference` is the specification in plain PyTorch, `explain` says which path runs and why.
 `multi_lora_linear`, `MultiLoRALinear` and `use_adapters` serve and train the adapters of an
-`AdapterPack` in one batch.
+`AdapterPack` in one batch; `apply_lora(adapters=...)` puts such layers into a model.
 """
 
 from fused_lora import reference
@@ -15,6 +15,7 @@ from fused_lora.functional import lora_linear
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import (
     apply_lora,
+    delete_adapter,
     disable_adapters,
     lora_state_dict,
     mark_only_lora_as_trainable,
@@ -35,6 +36,7 @@ __all__ = [
     "QuantizedLoRALinear",
     "__version__",
     "apply_lora",
+    "delete_adapter",
     "disable_adapters",
     "explain",
     "export_adapter",

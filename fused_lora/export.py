@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fused_lora.adapter_config import AdapterConfig
-from fused_lora.adapter_io import Adapter, adapter_of, read_adapter
+from fused_lora.adapter_files import Adapter, read_adapter
+from fused_lora.adapter_io import adapter_of
 from fused_lora.atomic import write_directory
 from fused_lora.model import module_places
 

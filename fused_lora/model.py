@@ -7,18 +7,27 @@ module is touched. A module or weight that the model uses in several places is h
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fused_lora.layer import InitLoRA, LoRALayer, check_adapter_options
+from fused_lora.adapter_config import AdapterConfig
+from fused_lora.adapter_files import read_adapter
+from fused_lora.adapter_pack import AdapterPack
+from fused_lora.layer import InitLoRA, LoRALayer, check_adapter_options, initialise
 from fused_lora.linear import FusedLoRALinear, is_conv1d
+from fused_lora.multi import MultiLoRALinear
+from fused_lora.packs import put_adapter, remove_adapter
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
+from fused_lora.scale import padded_rank
 from fused_lora.targets import match_pattern, named
 
 Bias = Literal["none", "all", "lora_only"]
@@ -60,8 +69,8 @@ class TrainableParameters(NamedTuple):
 def apply_lora(
     model: nn.Module,
     *,
-    r: int,
-    lora_alpha: float,
+    r: int | None = None,
+    lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
@@ -71,6 +80,9 @@ def apply_lora(
     init_lora_weights: InitLoRA = True,
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    adapters: Mapping[str, Mapping[str, Any] | str | os.PathLike[str]] | None = None,
+    total_rank: int | None = None,
+    max_adapters: int = 64,
 ) -> nn.Module:
     """Put a LoRA layer in the place of each targeted linear layer of `model`; returns `model`.
 
@@ -86,41 +98,148 @@ def apply_lora(
         rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha} for single
             layers, matched against the end of the path as PEFT does.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, backend: as in
-            `FusedLoRALinear`.
+            `FusedLoRALinear`. Without `adapters`, r and lora_alpha must be given.
+        adapters: {name: options, or a folder in PEFT's format}: many adapters in one batch, chosen
+            by `use_adapters`. The layers are then `MultiLoRALinear`. Options are this function's
+            own, r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern,
+            use_rslora, init_lora_weights, where they differ from those of the call; {} for none.
+            In a layer that an adapter does not touch its tokens take the base. Ids are 0, 1, ...
+            in the order given, the same in all layers. Quantised layers cannot be targeted.
+        total_rank: room in each pack, every adapter's rank rounded up to a multiple of 16; all
+            layers of target_modules get a pack then. By default what `adapters` need, where they
+            need it: none is free for `load_adapter`.
+        max_adapters: the largest number of adapters at a time.
 
-    Raises ValueError if nothing is targeted, a pattern fits no target or an option is out of range;
-    TypeError for a target that cannot take a LoRA layer, with its path and the reason. Either way
-    the model is as it was.
+    Raises ValueError if nothing is targeted, a pattern fits no target, an option is out of range
+    or the room too small; TypeError for a target that cannot take a LoRA layer, with its path and
+    the reason; for folders as `load_adapter`. Either way the model is as it was.
     """
-    common = {
+    own: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "rank_pattern": rank_pattern or {},
+        "alpha_pattern": alpha_pattern or {},
+        "use_rslora": use_rslora,
+    }
+    common: dict[str, Any] = {
         "lora_dropout": lora_dropout,
         "init_lora_weights": init_lora_weights,
         "adapter_dtype": adapter_dtype,
         "backend": backend,
     }
-    targets = find_targets(model, target_modules, exclude_modules)
-    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
-    for kind, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+    if adapters is not None:
+        _apply_packs(model, adapters, own, common, total_rank, max_adapters)
+        return model
+    if total_rank is not None:
+        raise ValueError("total_rank is the room for adapters: give them, or adapters={} for none")
+    config = AdapterConfig(**own)
+    options = {
+        path: {"r": config.rank(path), "lora_alpha": config.alpha(path), "use_rslora": use_rslora}
+        for path in _targets(model, config, common)
+    }
+    Replacement(model, {path: each | common for path, each in options.items()}).commit()
+    return model
+
+
+def _targets(model: nn.Module, config: AdapterConfig, common: Mapping[str, Any]) -> list[str]:
+    """Paths of the layers that `config` targets, after checking its options."""
+    assert config.target_modules is not None
+    targets = find_targets(model, config.target_modules, config.exclude_modules)
+    for kind in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, kind)
         used = {match_pattern(patterns, path) for path in targets}
         for unused in [key for key in patterns if key not in used]:
             raise ValueError(
                 f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
             )
-    options: dict[str, dict[str, Any]] = {}
     for path in targets:
-        rank = ranks.get(match_pattern(ranks, path) or "", r)
-        alpha = alphas.get(match_pattern(alphas, path) or "", lora_alpha)
-        check_adapter_options(r=rank, **common)  # type: ignore[arg-type]
-        options[path] = {"r": rank, "lora_alpha": alpha, "use_rslora": use_rslora, **common}
-    Replacement(model, options).commit()
-    return model
+        check_adapter_options(r=config.rank(path), **common)
+        if not isinstance(config.alpha(path), int | float):
+            raise ValueError(f"lora_alpha must be a number: got {config.alpha(path)!r}")
+    return targets
+
+
+def _apply_packs(
+    model: nn.Module,
+    adapters: Mapping[str, Mapping[str, Any] | str | os.PathLike[str]],
+    own: Mapping[str, Any],
+    common: Mapping[str, Any],
+    total_rank: int | None,
+    max_adapters: int,
+) -> None:
+    """`apply_lora` with `adapters`; own: what each of them may have of its own."""
+    paths = [where[0].path for where in module_places(model).values()]
+    plans: dict[str, dict[str, tuple[int, float, tuple[Tensor, Tensor] | None]]] = {}
+    for name, given in adapters.items():
+        if isinstance(given, Mapping):
+            for unknown in [key for key in given if key not in own]:
+                raise ValueError(
+                    f"adapters[{name!r}] has {unknown!r}: expected a folder, or any of "
+                    f"{', '.join(own)}; what else there is goes for all adapters"
+                )
+            config = AdapterConfig(**{**own, **given})
+            plans[name] = {
+                path: (config.rank(path), config.scaling(path), None)
+                for path in _targets(model, config, common)
+            }
+        else:
+            loaded = read_adapter(Path(given)).for_packs("modules of the model", paths)
+            plans[name] = {
+                path: (len(A), scaling, (A, B)) for path, (A, B, scaling) in loaded.items()
+            }
+    rooms = Counter[str]()
+    for plan in plans.values():
+        rooms.update({path: padded_rank(r) for path, (r, _, _) in plan.items()})
+    if total_rank is not None:
+        targets = find_targets(model, own["target_modules"], own["exclude_modules"])
+        rooms = Counter(dict.fromkeys([*targets, *rooms], total_rank))
+    if not rooms:
+        raise ValueError("adapters is empty: give total_rank, the room in the pack of each layer")
+    layer_options = {key: value for key, value in common.items() if key != "init_lora_weights"}
+    layer_options["max_adapters"] = max_adapters
+    replacement = Replacement(
+        model,
+        {path: {"total_rank": room, **layer_options} for path, room in rooms.items()},
+        packs=True,
+    )
+    layers = replacement.layers
+    for name, plan in plans.items():
+        factors = {
+            path: (*(given or _initial(layers[path].pack, r, common["init_lora_weights"])), scaling)
+            for path, (r, scaling, given) in plan.items()
+        }
+        put_adapter(layers, name, factors)
+    replacement.commit()
+
+
+def _initial(pack: AdapterPack, r: int, how: InitLoRA) -> tuple[Tensor, Tensor]:
+    lora_A = pack.lora_A.new_empty(r, pack.in_features)
+    lora_B = pack.lora_B.new_empty(pack.out_features, r)
+    initialise(lora_A, lora_B, how)
+    return lora_A, lora_B
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove adapter `name` from all packs of `model`; its room and its id are free then. Raises
+    KeyError if there is no such adapter, ValueError if there are no packs."""
+    layers = pack_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} holds no pack of adapters: unload() removes a single adapter"
+        )
+    remove_adapter(layers, name)
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freeze everything but lora_A and lora_B. bias "all" also trains every bias of the model,
-    "lora_only" those of the LoRA layers. Raises ValueError for another bias or no LoRA layer."""
-    layers, biases = require_layers(model), bias_parameters(model, bias)
-    adapters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    """Freeze everything but lora_A and lora_B, those of packs too. bias "all" also trains every
+    bias of the model, "lora_only" those of the LoRA layers. Raises ValueError for another bias or
+    no LoRA layer."""
+    packs = [layer.pack for layer in pack_layers(model).values()]
+    layers = lora_layers(model) if packs else require_layers(model)
+    biases = bias_parameters(model, bias)
+    adapters = [p for holder in (*layers.values(), *packs) for p in (holder.lora_A, holder.lora_B)]
     trained = {id(p) for p in (*adapters, *biases.values())}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -234,9 +353,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     }
 
 
+def pack_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
+    """{path: layer with a pack of adapters}, as `lora_layers`."""
+    return {
+        clean_path(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, MultiLoRALinear)
+    }
+
+
 def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """`lora_layers`, raising ValueError if there are none."""
     layers = lora_layers(model)
+    if not layers and pack_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} holds packs of adapters, not single ones: use_adapters, "
+            "load_adapter, save_adapter and delete_adapter are for them"
+        )
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no LoRA layer: call apply_lora or load_adapter first"
@@ -251,7 +384,8 @@ def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     every = {clean_path(key): parameter for key, parameter in model.named_parameters()}
     biases = {key: p for key, p in every.items() if key == "bias" or key.endswith(".bias")}
     if bias == "lora_only":
-        owned = {id(layer.bias) for layer in lora_layers(model).values()}
+        layers = (*lora_layers(model).values(), *pack_layers(model).values())
+        owned = {id(layer.bias) for layer in layers}
         biases = {key: p for key, p in biases.items() if id(p) in owned}
     return {} if bias == "none" else biases
 
@@ -292,27 +426,32 @@ def find_targets(
 
 
 class Replacement:
-    """LoRA layers for modules of a model, made and checked but not yet in their places.
+    """LoRA layers, or with `packs` MultiLoRALinear layers, for modules of a model, made and checked
+    but not yet in their places.
 
     `layers` holds them by path. `commit` puts them there and freezes the base; until then the model
     is untouched. Raises TypeError for a module that cannot be replaced, with path and reason.
     """
 
-    def __init__(self, model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self, model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, packs: bool = False
+    ) -> None:
         self._places = module_places(model)
         owners = {place.path: m for m, where in self._places.items() for place in where}
         modules = {path: owners[path] for path in options}
         for path, module in modules.items():
-            reason = _why_not(module, self._places[module], owners)
+            reason = _why_not(module, self._places[module], owners, packs)
             if reason is not None:
                 raise TypeError(f"{path} ({type(module).__name__}) cannot take LoRA: {reason}")
         self._modules = modules
         trained = {path: _requires_grad(module) for path, module in modules.items()}
-        self.layers: dict[str, LoRALayer] = {}
+        self.layers: dict[str, Any] = {}
         try:
             for path, module in modules.items():
-                make: Callable[..., LoRALayer] = FusedLoRALinear.from_linear
-                if quantization_of(module) is not None:
+                make: Callable[..., nn.Module] = FusedLoRALinear.from_linear
+                if packs:
+                    make = MultiLoRALinear.from_linear
+                elif quantization_of(module) is not None:
                     make = QuantizedLoRALinear
                 self.layers[path] = make(module, **options[path])
         finally:
@@ -346,11 +485,13 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _why_not(
-    module: nn.Module, where: Sequence[Place], owners: Mapping[str, nn.Module]
+    module: nn.Module, where: Sequence[Place], owners: Mapping[str, nn.Module], packs: bool
 ) -> str | None:
     """Why a LoRA layer cannot stand in `module`'s place, and what to do; None if it can."""
     if isinstance(module, LoRALayer):
         return "it is a LoRA layer already; load_adapter() changes its adapter, unload() removes it"
+    if isinstance(module, MultiLoRALinear):
+        return "it has a pack of adapters already; load_adapter() adds one to it"
     for parent, name, path in where:
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             return (
@@ -362,6 +503,11 @@ def _why_not(
         if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
             return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
     if quantization_of(module) is not None:
+        if packs:
+            return (
+                f"a pack needs a plain weight, this one is quantised ({quantization_of(module)}); "
+                "serve it with PEFT's adapter_names and fused_lora.integrations.peft"
+            )
         return None  # it stays, with its hooks
     if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
         return (
