@@ -3,6 +3,7 @@ acceptance rule, whatever the adapters' popularity and ranks and the order of th
 
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -59,12 +60,25 @@ def test_every_path_over_the_cover(M, N, K, ranks, popularity, order, dtype, pat
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_aten_over_the_cover(ranks, popularity, device):
-    dtypes = (*DTYPES, torch.float64, BF16)
-    for (M, N, K), dtype, order in zip(SIZES, dtypes, (*ORDERS, *ORDERS, ORDERS[0]), strict=True):
-        ids = make_ids(popularity, order, M, len(ranks))
+def test_aten_over_the_cross_product(ranks, popularity, device):
+    dtypes = cycle((*DTYPES, torch.float64, BF16, FP32, FP16))
+    for (M, N, K), order in product(SIZES, ORDERS):
+        dtype, ids = next(dtypes), make_ids(popularity, order, M, len(ranks))
         batch = make_batch(M, N, K, ranks, dtype, ids, device)
         assert violations(batch, backend="aten") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("path", MULTI_PATHS)
+def test_the_full_cross_product(path, popularity, force, device):
+    force(path)
+    for (M, N, K), ranks, order, dtype in product(SIZES, RANKS, ORDERS, DTYPES):
+        if possible(M, N, K, ranks, popularity, order, dtype, path):
+            ids = make_ids(popularity, order, M, len(ranks))
+            batch = make_batch(M, N, K, ranks, dtype, ids, device)
+            assert violations(batch, backend="triton") == [], (M, N, K, ranks, order, dtype)
 
 
 @kernels
