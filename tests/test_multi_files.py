@@ -86,6 +86,9 @@ def test_adapters_come_go_and_change_and_each_is_served_as_alone_throughout(task
         expected = torch.cat([*(tasks[task][1] for task in held.values()), base])
         torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-5)
     assert state(model)[1] == places
+    other = roomy(max_adapters=3)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(served(other, [*held]), served(model, [*held]))
 
 
 def test_a_change_of_one_adapter_leaves_the_answers_of_the_others_bit_for_bit(tasks):
