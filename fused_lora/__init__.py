@@ -15,7 +15,6 @@ from fused_lora.functional import lora_linear
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import (
     apply_lora,
-    delete_adapter,
     disable_adapters,
     lora_state_dict,
     mark_only_lora_as_trainable,
@@ -25,6 +24,7 @@ from fused_lora.model import (
     unmerge_adapter,
 )
 from fused_lora.multi import MultiLoRALinear, multi_lora_linear, use_adapters
+from fused_lora.packs import add_adapter, delete_adapter
 from fused_lora.quantized import QuantizedLoRALinear
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "MultiLoRALinear",
     "QuantizedLoRALinear",
     "__version__",
+    "add_adapter",
     "apply_lora",
     "delete_adapter",
     "disable_adapters",

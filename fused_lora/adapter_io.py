@@ -29,18 +29,20 @@ from fused_lora.atomic import write_directory
 from fused_lora.layer import LoRALayer
 from fused_lora.model import (
     Bias,
-    Replacement,
     all_or_nothing,
     bias_parameters,
+    require_layers,
+)
+from fused_lora.multi import MultiLoRALinear
+from fused_lora.packs import put_adapter
+from fused_lora.places import (
+    Replacement,
     clean_path,
     find_targets,
     lora_layers,
     module_places,
     pack_layers,
-    require_layers,
 )
-from fused_lora.multi import MultiLoRALinear
-from fused_lora.packs import put_adapter
 from fused_lora.targets import describe_targets, describe_values, named
 
 _ORIGINALS = "_fused_lora_originals"

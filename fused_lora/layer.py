@@ -203,10 +203,10 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: InitLoRA) -> None:
 def check_adapter_options(
     *,
     r: int,
-    lora_dropout: float,
-    init_lora_weights: InitLoRA,
-    adapter_dtype: torch.dtype | None,
-    backend: str,
+    lora_dropout: float = 0.0,
+    init_lora_weights: InitLoRA = True,
+    adapter_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> None:
     """Raise ValueError or TypeError for an option that no layer can be made with."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:

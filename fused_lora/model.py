@@ -8,48 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.adapter_config import AdapterConfig
-from fused_lora.adapter_files import read_adapter
-from fused_lora.adapter_pack import AdapterPack
-from fused_lora.layer import InitLoRA, LoRALayer, check_adapter_options, initialise
-from fused_lora.linear import FusedLoRALinear, is_conv1d
-from fused_lora.multi import MultiLoRALinear
-from fused_lora.packs import put_adapter, remove_adapter
-from fused_lora.quantized import QuantizedLoRALinear, quantization_of
-from fused_lora.scale import padded_rank
-from fused_lora.targets import match_pattern, named
+from fused_lora.layer import InitLoRA, LoRALayer
+from fused_lora.packs import apply_packs
+from fused_lora.places import (
+    Replacement,
+    checked_targets,
+    clean_path,
+    lora_layers,
+    module_places,
+    pack_layers,
+    some,
+)
 
 Bias = Literal["none", "all", "lora_only"]
 BIASES = ("none", "all", "lora_only")
-# what torch.compile and activation checkpointing put into the path of a module
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
-
-
-class Place(NamedTuple):
-    """Where a module hangs: `parent.name` is the module, `path` is how the model calls it."""
-
-    parent: nn.Module
-    name: str
-    path: str
 
 
 class TrainableParameters(NamedTuple):
@@ -101,13 +80,13 @@ def apply_lora(
             `FusedLoRALinear`. Without `adapters`, r and lora_alpha must be given.
         adapters: {name: options, or a folder in PEFT's format}: many adapters in one batch, chosen
             by `use_adapters`. The layers are then `MultiLoRALinear`. Options are this function's
-            own, r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern,
-            use_rslora, init_lora_weights, where they differ from those of the call; {} for none.
+            own, r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern and
+            use_rslora, where they differ from those of the call; {} for none.
             In a layer that an adapter does not touch its tokens take the base. Ids are 0, 1, ...
             in the order given, the same in all layers. Quantised layers cannot be targeted.
         total_rank: room in each pack, every adapter's rank rounded up to a multiple of 16; all
             layers of target_modules get a pack then. By default what `adapters` need, where they
-            need it: none is free for `load_adapter`.
+            need it: none is free for `add_adapter` and `load_adapter`.
         max_adapters: the largest number of adapters at a time.
 
     Raises ValueError if nothing is targeted, a pattern fits no target, an option is out of range
@@ -130,106 +109,17 @@ def apply_lora(
         "backend": backend,
     }
     if adapters is not None:
-        _apply_packs(model, adapters, own, common, total_rank, max_adapters)
+        apply_packs(model, adapters, own, common, total_rank, max_adapters)
         return model
     if total_rank is not None:
         raise ValueError("total_rank is the room for adapters: give them, or adapters={} for none")
     config = AdapterConfig(**own)
     options = {
         path: {"r": config.rank(path), "lora_alpha": config.alpha(path), "use_rslora": use_rslora}
-        for path in _targets(model, config, common)
+        for path in checked_targets(model, config, common)
     }
     Replacement(model, {path: each | common for path, each in options.items()}).commit()
     return model
-
-
-def _targets(model: nn.Module, config: AdapterConfig, common: Mapping[str, Any]) -> list[str]:
-    """Paths of the layers that `config` targets, after checking its options."""
-    assert config.target_modules is not None
-    targets = find_targets(model, config.target_modules, config.exclude_modules)
-    for kind in ("rank_pattern", "alpha_pattern"):
-        patterns = getattr(config, kind)
-        used = {match_pattern(patterns, path) for path in targets}
-        for unused in [key for key in patterns if key not in used]:
-            raise ValueError(
-                f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
-            )
-    for path in targets:
-        check_adapter_options(r=config.rank(path), **common)
-        if not isinstance(config.alpha(path), int | float):
-            raise ValueError(f"lora_alpha must be a number: got {config.alpha(path)!r}")
-    return targets
-
-
-def _apply_packs(
-    model: nn.Module,
-    adapters: Mapping[str, Mapping[str, Any] | str | os.PathLike[str]],
-    own: Mapping[str, Any],
-    common: Mapping[str, Any],
-    total_rank: int | None,
-    max_adapters: int,
-) -> None:
-    """`apply_lora` with `adapters`; own: what each of them may have of its own."""
-    paths = [where[0].path for where in module_places(model).values()]
-    plans: dict[str, dict[str, tuple[int, float, tuple[Tensor, Tensor] | None]]] = {}
-    for name, given in adapters.items():
-        if isinstance(given, Mapping):
-            for unknown in [key for key in given if key not in own]:
-                raise ValueError(
-                    f"adapters[{name!r}] has {unknown!r}: expected a folder, or any of "
-                    f"{', '.join(own)}; what else there is goes for all adapters"
-                )
-            config = AdapterConfig(**{**own, **given})
-            plans[name] = {
-                path: (config.rank(path), config.scaling(path), None)
-                for path in _targets(model, config, common)
-            }
-        else:
-            loaded = read_adapter(Path(given)).for_packs("modules of the model", paths)
-            plans[name] = {
-                path: (len(A), scaling, (A, B)) for path, (A, B, scaling) in loaded.items()
-            }
-    rooms = Counter[str]()
-    for plan in plans.values():
-        rooms.update({path: padded_rank(r) for path, (r, _, _) in plan.items()})
-    if total_rank is not None:
-        targets = find_targets(model, own["target_modules"], own["exclude_modules"])
-        rooms = Counter(dict.fromkeys([*targets, *rooms], total_rank))
-    if not rooms:
-        raise ValueError("adapters is empty: give total_rank, the room in the pack of each layer")
-    layer_options = {key: value for key, value in common.items() if key != "init_lora_weights"}
-    layer_options["max_adapters"] = max_adapters
-    replacement = Replacement(
-        model,
-        {path: {"total_rank": room, **layer_options} for path, room in rooms.items()},
-        packs=True,
-    )
-    layers = replacement.layers
-    for name, plan in plans.items():
-        factors = {
-            path: (*(given or _initial(layers[path].pack, r, common["init_lora_weights"])), scaling)
-            for path, (r, scaling, given) in plan.items()
-        }
-        put_adapter(layers, name, factors)
-    replacement.commit()
-
-
-def _initial(pack: AdapterPack, r: int, how: InitLoRA) -> tuple[Tensor, Tensor]:
-    lora_A = pack.lora_A.new_empty(r, pack.in_features)
-    lora_B = pack.lora_B.new_empty(pack.out_features, r)
-    initialise(lora_A, lora_B, how)
-    return lora_A, lora_B
-
-
-def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove adapter `name` from all packs of `model`; its room and its id are free then. Raises
-    KeyError if there is no such adapter, ValueError if there are no packs."""
-    layers = pack_layers(model)
-    if not layers:
-        raise ValueError(
-            f"{type(model).__name__} holds no pack of adapters: unload() removes a single adapter"
-        )
-    remove_adapter(layers, name)
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
@@ -295,7 +185,7 @@ def merge_adapter(
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
-            f"{_some(merged)}: merged already; call unmerge_adapter() before merging again"
+            f"{some(merged)}: merged already; call unmerge_adapter() before merging again"
         )
     for path, layer in layers.items():
         reason = layer.why_not_merge(requantise)
@@ -344,31 +234,13 @@ def all_or_nothing(layers: Iterable[LoRALayer]) -> Iterator[None]:
         raise
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """{path: LoRA layer}, each layer once, under the first of its paths."""
-    return {
-        clean_path(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALayer)
-    }
-
-
-def pack_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
-    """{path: layer with a pack of adapters}, as `lora_layers`."""
-    return {
-        clean_path(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, MultiLoRALinear)
-    }
-
-
 def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """`lora_layers`, raising ValueError if there are none."""
     layers = lora_layers(model)
     if not layers and pack_layers(model):
         raise ValueError(
             f"{type(model).__name__} holds packs of adapters, not single ones: use_adapters, "
-            "load_adapter, save_adapter and delete_adapter are for them"
+            "add_adapter, load_adapter, save_adapter and delete_adapter are for them"
         )
     if not layers:
         raise ValueError(
@@ -390,147 +262,11 @@ def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     return {} if bias == "none" else biases
 
 
-def clean_path(path: str) -> str:
-    """A path without what torch.compile and activation checkpointing add to it."""
-    return _WRAPPERS.sub("", path).lstrip(".")
-
-
-def find_targets(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None = None,
-) -> list[str]:
-    """Paths of the modules that are targeted, as `apply_lora` says. Raises ValueError if none."""
-    places = module_places(model)
-    excluded = exclude_modules or []
-    found = []
-    embeddings = getattr(model, "get_output_embeddings", None)
-    output = embeddings() if callable(embeddings) else None
-    for module, where in places.items():
-        paths = [place.path for place in where]
-        if any(named(excluded, path) for path in paths):
-            continue
-        if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-            if module is not output and _is_linear(module):
-                found.append(paths[0])
-        elif any(named(target_modules, path) for path in paths):
-            found.append(paths[0])
-    if not found:
-        linears = [where[0].path for m, where in places.items() if _is_linear(m)]
-        raise ValueError(
-            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) fits no "
-            f"module of {type(model).__name__}: a list holds ends of paths, a string is a regular "
-            f"expression for a whole path; its linear layers are {_some(linears) or 'none'}"
-        )
-    return found
-
-
-class Replacement:
-    """LoRA layers, or with `packs` MultiLoRALinear layers, for modules of a model, made and checked
-    but not yet in their places.
-
-    `layers` holds them by path. `commit` puts them there and freezes the base; until then the model
-    is untouched. Raises TypeError for a module that cannot be replaced, with path and reason.
-    """
-
-    def __init__(
-        self, model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, packs: bool = False
-    ) -> None:
-        self._places = module_places(model)
-        owners = {place.path: m for m, where in self._places.items() for place in where}
-        modules = {path: owners[path] for path in options}
-        for path, module in modules.items():
-            reason = _why_not(module, self._places[module], owners, packs)
-            if reason is not None:
-                raise TypeError(f"{path} ({type(module).__name__}) cannot take LoRA: {reason}")
-        self._modules = modules
-        trained = {path: _requires_grad(module) for path, module in modules.items()}
-        self.layers: dict[str, Any] = {}
-        try:
-            for path, module in modules.items():
-                make: Callable[..., nn.Module] = FusedLoRALinear.from_linear
-                if packs:
-                    make = MultiLoRALinear.from_linear
-                elif quantization_of(module) is not None:
-                    make = QuantizedLoRALinear
-                self.layers[path] = make(module, **options[path])
-        finally:
-            for path, module in modules.items():
-                for parameter, requires_grad in zip(
-                    module.parameters(recurse=False), trained[path], strict=True
-                ):
-                    parameter.requires_grad_(requires_grad)
-
-    def commit(self) -> None:
-        for path, module in self._modules.items():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-            for place in self._places[module]:
-                setattr(place.parent, place.name, self.layers[path])
-
-
-def module_places(model: nn.Module) -> dict[nn.Module, list[Place]]:
-    """Every place of every module below `model`, in the order of named_modules."""
-    places: dict[nn.Module, list[Place]] = {}
-    for path, parent in model.named_modules(remove_duplicate=False):
-        for name, child in parent._modules.items():  # named_children leaves out a second name
-            if child is not None:
-                full = clean_path(f"{path}.{name}" if path else name)
-                places.setdefault(child, []).append(Place(parent, name, full))
-    return places
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def _why_not(
-    module: nn.Module, where: Sequence[Place], owners: Mapping[str, nn.Module], packs: bool
-) -> str | None:
-    """Why a LoRA layer cannot stand in `module`'s place, and what to do; None if it can."""
-    if isinstance(module, LoRALayer):
-        return "it is a LoRA layer already; load_adapter() changes its adapter, unload() removes it"
-    if isinstance(module, MultiLoRALinear):
-        return "it has a pack of adapters already; load_adapter() adds one to it"
-    for parent, name, path in where:
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            return (
-                f"{type(parent).__name__} reads {name}.weight itself and would leave the adapter "
-                "out; name it in exclude_modules, or use an attention made of separate layers"
-            )
-        peft = sys.modules.get("peft.tuners.tuners_utils")
-        above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]
-        if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
-            return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
-    if quantization_of(module) is not None:
-        if packs:
-            return (
-                f"a pack needs a plain weight, this one is quantised ({quantization_of(module)}); "
-                "serve it with PEFT's adapter_names and fused_lora.integrations.peft"
-            )
-        return None  # it stays, with its hooks
-    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
-        return (
-            "it has hooks or a forward of its own, which the new layer would not have; remove them "
-            "and register them again afterwards"
-        )
-    if not (type(module) is nn.Linear or is_conv1d(module)):
-        return "LoRA layers replace nn.Linear, Conv1D of transformers and quantised linear layers"
-    weight: Any = module.weight
-    if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain tensor"
-    return None
-
-
-def _requires_grad(module: nn.Module) -> list[bool]:
-    return [parameter.requires_grad for parameter in module.parameters(recurse=False)]
-
-
 def _require_kept_base(layers: Mapping[str, LoRALayer], what: str) -> None:
     gone = [path for path, layer in layers.items() if not layer.has_base]
     if gone:
         raise RuntimeError(
-            f"{what} needs the base weight of {_some(gone)}, which merge(keep_base=False) let go: "
+            f"{what} needs the base weight of {some(gone)}, which merge(keep_base=False) let go: "
             "load a base checkpoint, or merge with keep_base=True"
         )
 
@@ -538,9 +274,3 @@ def _require_kept_base(layers: Mapping[str, LoRALayer], what: str) -> None:
 def _size(parameter: nn.Parameter) -> int:
     packed: Any = getattr(parameter, "quant_state", None)  # 4-bit weights of bitsandbytes
     return parameter.numel() if packed is None else packed.shape.numel()
-
-
-def _some(paths: Sequence[str]) -> str:
-    """The first few paths, and how many there are besides."""
-    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return ", ".join(paths[:4]) + more

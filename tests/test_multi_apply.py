@@ -3,6 +3,8 @@ its adapter alone, whatever layers, ranks and scalings the adapters have."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from quantized_layers import base_layer
@@ -12,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import fused_lora
-from fused_lora import MultiLoRALinear, apply_lora, use_adapters
+from fused_lora import MultiLoRALinear, add_adapter, apply_lora, use_adapters
 from fused_lora.model import lora_layers, pack_layers
 
 COMMON = OPTIONS | {"target_modules": ["q", "v_proj"]}
@@ -33,6 +35,15 @@ def mixed(**options):
     return apply_lora(plain(), adapters=ADAPTERS, **COMMON | options)
 
 
+def added(**options):
+    """The same, the adapters added later."""
+    targets = ["q", "v_proj", "q_proj", "shared", "lm_head"]
+    model = apply_lora(plain(), adapters={}, total_rank=64, target_modules=targets, **options)
+    for name, own in ADAPTERS.items():
+        add_adapter(model, name, **COMMON | own)
+    return model
+
+
 def alone(model, name, **options):
     """A model with the adapter `name` of `model` and nothing else, by the same options."""
     if name is None:
@@ -51,9 +62,10 @@ def served(model, names, x=X):
         return model(x)
 
 
+@pytest.mark.parametrize("make", [mixed, added])
 @pytest.mark.parametrize("backend", ["triton", "aten"])
-def test_each_row_is_answered_as_by_a_model_with_its_adapter_alone(backend, device):
-    model = mixed(backend=backend)
+def test_each_row_is_answered_as_by_a_model_with_its_adapter_alone(make, backend, device):
+    model = make(backend=backend)
     y = served(model.to(device), NAMES, X.to(device)).cpu()
     for row, name in enumerate(NAMES):
         with torch.no_grad():
@@ -194,6 +206,31 @@ def test_a_call_that_is_refused_leaves_the_model_as_it_was(what):
     with pytest.raises(error, match=message):
         apply_lora(model, **COMMON | options)
     assert_untouched(model, before)
+
+
+def test_an_adapter_that_cannot_be_added_changes_no_pack():
+    model = mixed(total_rank=48)
+    before = copy.deepcopy(model.state_dict())
+    for options, message in (
+        ({"name": "wide"}, "there is an adapter 'wide' already"),
+        ({"target_modules": ["q", "lm_head"]}, "adapter 'new' needs 48 columns"),
+        ({"target_modules": "all-linear"}, "needs 48 columns"),
+        ({"target_modules": ["norm"]}, "norm has no pack: leave it out of target_modules"),
+        ({"target_modules": ["nope"]}, "fits no module"),
+        ({"r": 0}, "r must be an integer of at least 1"),
+        ({"rank_pattern": {"nope": 3}}, "rank_pattern has 'nope'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add_adapter(model, **{"name": "new", "r": 33, "lora_alpha": 1} | options)
+    with pytest.raises(ValueError, match="holds no pack of adapters"):
+        add_adapter(plain(), "new", r=1, lora_alpha=1)
+    assert before.keys() == model.state_dict().keys()
+    assert all(
+        torch.equal(value, before[key]) if torch.is_tensor(value) else value == before[key]
+        for key, value in model.state_dict().items()
+    )
+    add_adapter(model, "new", r=3, lora_alpha=1, exclude_modules=["v_proj", "q"])
+    assert model.lm_head.pack.rank("new") == 3 and model.layers[0].q.pack.rank("new") == 0
 
 
 def test_packs_over_packs_meta_weights_and_quantised_layers_are_refused():

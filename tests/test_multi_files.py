@@ -267,7 +267,7 @@ def test_names_that_no_pack_holds_raise_and_change_nothing(tasks, tmp_path):
         save_adapter(model, tmp_path, name="a", bias="all")
     with pytest.raises(ValueError, match="is no adapter name"):
         load_adapter(model, tasks["a"][0], name="../a")
-    with pytest.raises(ValueError, match="holds no pack of adapters: unload"):
+    with pytest.raises(ValueError, match="holds no pack of adapters"):
         fused_lora.delete_adapter(make(), "default")
     with pytest.raises(FileNotFoundError, match=CONFIG):
         load_adapter(model, tmp_path, name="b")
