@@ -203,7 +203,11 @@ class AdapterPack(nn.Module):
             )
         if self.owner.is_meta:
             raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
-        factors = {"lora_A": lora_A.to(self.lora_A), "lora_B": lora_B.to(self.lora_B)}
+        # copies: they may be views of the very columns that `write` clears first
+        factors = {
+            "lora_A": lora_A.detach().to(self.lora_A, copy=True),
+            "lora_B": lora_B.detach().to(self.lora_B, copy=True),
+        }
         for label, factor in factors.items():
             if not torch.isfinite(factor).all():
                 raise ValueError(

@@ -89,6 +89,14 @@ def test_memory_is_what_the_storage_takes():
     assert "a (r=17)" in repr(pack) and "MiB" in repr(pack)
 
 
+def test_an_adapter_may_be_replaced_by_a_part_of_itself():
+    pack = AdapterPack(K, N, total_rank=32)
+    A, B = factors(20)
+    pack.add("a", A, B)
+    pack.replace("a", pack.lora_A[4:20], pack.lora_B[:, 4:20])
+    assert all(map(torch.equal, pack.factors("a"), (A[4:], B[:, 4:])))
+
+
 REFUSED = {
     "not finite": (lambda A, B: (A, B * torch.inf), "not finite"),
     "NaN": (lambda A, B: (A.fill_(torch.nan), B), "not finite"),
