@@ -2,8 +2,8 @@
 
 The tasks are the sentiment of film reviews and the source of a sentence (tweet, product review or
 newspaper editorial). Every batch holds sentences of both; each sentence goes through the adapter of
-its task, and the losses are summed. Afterwards the same held-out sentences are answered by a model
-with one adapter for each task. The exit status is 1 if an answer differs.
+its task, and the losses are summed. Afterwards each adapter is saved, loaded into a model of its
+own, and answers the same held-out sentences there. The exit status is 1 if an answer differs.
 
     python examples/multi_adapter.py
 """
@@ -11,8 +11,9 @@ with one adapter for each task. The exit status is 1 if an answer differs.
 import argparse
 import copy
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import data
@@ -54,45 +55,30 @@ class Tasks(nn.Module):
         return [self.heads[task](mean) for task, mean in zip(tasks, means, strict=True)]
 
 
-def replace_linears(encoder: nn.Module, adapt: Callable[[str, nn.Linear], nn.Module]) -> None:
-    for name, module in list(encoder.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if isinstance(module, nn.Linear) and child in TARGETS:
-            setattr(encoder.get_submodule(parent), child, adapt(name, module))
-
-
 def build(encoder: nn.Module, classes: dict[str, list[str]], alpha: float, backend: str) -> Tasks:
-    """The model of all tasks: a frozen encoder with an empty adapter for each in every layer."""
-
-    def adapt(_: str, linear: nn.Linear) -> nn.Module:
-        room = sum(-(-r // 16) * 16 for r in RANKS.values())
-        layer = fused_lora.MultiLoRALinear.from_linear(linear, total_rank=room, backend=backend)
-        for task, r in RANKS.items():
-            layer.pack.add_untrained(task, r, scaling=alpha / r)
-        return layer
-
-    model = Tasks(copy.deepcopy(encoder).requires_grad_(False), classes)
-    replace_linears(model.encoder, adapt)
+    """The model of all tasks: a frozen encoder with an untrained adapter for each."""
+    model = Tasks(copy.deepcopy(encoder), classes)
+    fused_lora.apply_lora(
+        model.encoder,
+        adapters={task: {"r": r} for task, r in RANKS.items()},
+        lora_alpha=alpha,
+        target_modules=TARGETS,
+        backend=backend,
+    )
+    fused_lora.mark_only_lora_as_trainable(model.encoder)
     return model.eval()  # the encoder's dropout off
 
 
-def alone(model: Tasks, encoder: nn.Module, task: str, backend: str) -> nn.Module:
-    """The encoder with the one adapter of `task`, as FusedLoRALinear layers."""
-
-    def adapt(name: str, linear: nn.Linear) -> nn.Module:
-        pack = model.encoder.get_submodule(name).pack
-        r = pack.rank(task)
-        layer = fused_lora.FusedLoRALinear.from_linear(
-            linear, r=r, lora_alpha=r * pack.scaling_of(task), backend=backend
-        )
-        layer.load_state_dict(
-            dict(zip(("lora_A", "lora_B"), pack.factors(task), strict=True)), strict=False
-        )
-        return layer
-
-    single = copy.deepcopy(encoder)
-    replace_linears(single, adapt)
-    return single.eval()
+def alone(folder: str, encoder: nn.Module, task: str, alpha: float, backend: str) -> nn.Module:
+    """The encoder with the one adapter of `task`, from the files in `folder`."""
+    single = fused_lora.apply_lora(
+        copy.deepcopy(encoder),
+        r=RANKS[task],
+        lora_alpha=alpha,
+        target_modules=TARGETS,
+        backend=backend,
+    )
+    return fused_lora.load_adapter(single, folder, name=task).eval()
 
 
 def train(
@@ -218,9 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"one of {len(TARGETS) * encoder.config.num_hidden_layers} packs: {pack!r}")
 
     in_turn: list[Tensor] = []
-    for task in RANKS:
-        single = alone(model, encoder, task, args.backend)
-        in_turn += serve_alone(model, single, task, held_out[task], device)
+    with tempfile.TemporaryDirectory() as folder:
+        for task in RANKS:
+            fused_lora.save_adapter(model.encoder, folder, name=task)  # PEFT reads it, too
+            single = alone(folder, encoder, task, args.lora_alpha, args.backend)
+            in_turn += serve_alone(model, single, task, held_out[task], device)
     expected = [in_turn[i] for i in order]
     pairs = list(zip(answers, expected, strict=True))
     difference = max((a - b).abs().max().item() for a, b in pairs)

@@ -3,7 +3,7 @@
 `lora_linear` is the function, `FusedLoRALinear` the layer, `apply_lora` puts layers into a model,
 `reference` is the specification in plain PyTorch, `explain` says which path runs and why.
 `multi_lora_linear`, `MultiLoRALinear` and `use_adapters` serve and train the adapters of an
-`AdapterPack` in one batch.
+`AdapterPack` in one batch; `apply_lora(adapters=...)` puts such layers into a model.
 """
 
 from fused_lora import reference
@@ -24,6 +24,7 @@ from fused_lora.model import (
     unmerge_adapter,
 )
 from fused_lora.multi import MultiLoRALinear, multi_lora_linear, use_adapters
+from fused_lora.packs import add_adapter, delete_adapter
 from fused_lora.quantized import QuantizedLoRALinear
 
 __version__ = "0.1.0"
@@ -34,7 +35,9 @@ __all__ = [
     "MultiLoRALinear",
     "QuantizedLoRALinear",
     "__version__",
+    "add_adapter",
     "apply_lora",
+    "delete_adapter",
     "disable_adapters",
     "explain",
     "export_adapter",

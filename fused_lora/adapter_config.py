@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,15 +32,15 @@ class AdapterConfig:
 
     r: int
     lora_alpha: float
-    target_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
     lora_dropout: float | None = None
     use_rslora: bool = False
     bias: str = "none"
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     task_type: str | None = None
     base_model_name_or_path: str | None = None
 

@@ -1,74 +1,51 @@
-"""Adapter files in PEFT's format: adapter_config.json beside adapter_model.safetensors, written all
-at once, read without trust. A file that is refused leaves the model exactly as it was."""
+"""Adapters of a model to and from files in PEFT's format, written all at once. A file that is
+refused leaves the model exactly as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapter_config import CONFIG_FILE, LARGEST_CONFIG, AdapterConfig
+from fused_lora.adapter_config import CONFIG_FILE, AdapterConfig
+from fused_lora.adapter_files import (
+    PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    adapter_folder,
+    check_same,
+    own_key,
+    read_adapter,
+    shape_of,
+    short,
+)
 from fused_lora.atomic import write_directory
 from fused_lora.layer import LoRALayer
 from fused_lora.model import (
     Bias,
-    Replacement,
     all_or_nothing,
     bias_parameters,
+    require_layers,
+)
+from fused_lora.multi import MultiLoRALinear
+from fused_lora.packs import put_adapter
+from fused_lora.places import (
+    Replacement,
     clean_path,
     find_targets,
     lora_layers,
     module_places,
-    require_layers,
+    pack_layers,
 )
 from fused_lora.targets import describe_targets, describe_values, named
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-_FACTOR = re.compile(re.escape(PREFIX) + r"(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 _ORIGINALS = "_fused_lora_originals"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """What an adapter directory holds: the configuration, {path: (lora_A [r, in], lora_B [out, r])}
-    and {key: tensor} of trained biases and whole modules, keys as in the base's state_dict."""
-
-    config: AdapterConfig
-    factors: dict[str, tuple[Tensor, Tensor]]
-    extras: dict[str, Tensor]
-
-    def files(self) -> dict[str, bytes]:
-        safetensors = _safetensors()
-        tensors = {
-            f"{PREFIX}{path}.lora_{letter}.weight": factor
-            for path, factors in self.factors.items()
-            for letter, factor in zip("AB", factors, strict=True)
-        }
-        for key, value in self.extras.items():
-            path, _, last = key.rpartition(".")
-            inside = ".base_layer" if path in self.factors else ""
-            tensors[f"{PREFIX}{path}{inside}.{last}" if path else PREFIX + last] = value
-        for key, value in tensors.items():
-            if not value.isfinite().all():
-                raise ValueError(f"{key} holds NaN or infinity: there is nothing worth keeping")
-        tensors = {key: value.contiguous().cpu().clone() for key, value in tensors.items()}
-        content = safetensors.torch.save(tensors, metadata={"format": "pt"})
-        return {CONFIG_FILE: self.config.to_json(), WEIGHTS_FILE: content}
 
 
 def save_adapter(
@@ -83,11 +60,22 @@ def save_adapter(
 
     bias: "all" or "lora_only" saves the biases that `mark_only_lora_as_trainable` trained with it.
     modules_to_save: names (ends of paths) of modules that were trained whole, a classifier say.
-    name: PEFT keeps an adapter that is not the default one in a folder of its name.
+    name: PEFT keeps an adapter that is not the default one in a folder of its name. In a model with
+        packs it is the adapter to save; only its factors are, biases and modules are all adapters'.
     The files are replaced both at once: a reader never finds one without the other. Raises
-    ValueError for non-finite or uninitialised adapters, unknown modules or no LoRA layer.
+    ValueError for non-finite or uninitialised adapters, unknown modules or no LoRA layer, KeyError
+    for an adapter that the packs do not hold.
     """
-    write_directory(_folder(directory, name), adapter_of(model, bias, modules_to_save).files())
+    packs = pack_layers(model)
+    if packs and (bias != "none" or modules_to_save):
+        raise ValueError(
+            "biases and whole modules belong to all adapters of packs: save them apart"
+        )
+    if packs:
+        adapter = _adapter_of_packs(model, packs, name or "default")
+    else:
+        adapter = adapter_of(model, bias, modules_to_save)
+    write_directory(adapter_folder(directory, name), adapter.files())
 
 
 def load_adapter(
@@ -101,17 +89,29 @@ def load_adapter(
     first. Biases and whole modules in the file are written over the model's; loading an adapter
     without them brings the original values back.
 
+    A model with packs (`apply_lora(adapters=...)`) gets the adapter into all of them in place, as
+    one more or in the place of the adapter of this name, in the packs' dtype; the id stays, a new
+    one is the smallest free one. It may touch any of the layers; the packs' dropout stays.
+    `directory` holds a folder `name`, as PEFT and `save_adapter` write it, or is itself the
+    adapter's folder.
+
     Only safetensors are read, never pickle. Raises FileNotFoundError without files, ValueError,
     naming key or field, for a file that is broken, does not fit the model or asks for what this
     library does not compute, RuntimeError if merge(keep_base=False) let a base weight go. Then the
     model is exactly as it was.
     """
-    adapter = read_adapter(_folder(directory, name))
+    packs = pack_layers(model)
+    folder = adapter_folder(directory, name)
+    if packs:
+        adapter = read_adapter(folder if folder.is_dir() else Path(directory))
+        put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))
+        return model
+    adapter = read_adapter(folder)
     layers, replacement = lora_layers(model), None
     if not layers:
         _check_targets(model, adapter)
     else:
-        _check_same("LoRA layers of the model", set(layers), set(adapter.factors))
+        check_same("LoRA layers of the model", set(layers), set(adapter.factors))
     extras = _check_extras(model, adapter)
     options = {}
     for path, (lora_A, lora_B) in adapter.factors.items():
@@ -141,99 +141,17 @@ def load_adapter(
     return model
 
 
-def read_adapter(directory: Path) -> Adapter:
-    """Read and check an adapter directory, as far as it can be checked without a model."""
-    config_path, weights_path = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    for file in (config_path, weights_path):
-        if not file.is_file():
-            hint = ""
-            if (directory / "adapter_model.bin").exists():
-                hint = ": adapter_model.bin is pickle, which is never read; save it again with PEFT"
-            raise FileNotFoundError(f"{file} is missing{hint}")
-    if config_path.stat().st_size > LARGEST_CONFIG:
-        raise ValueError(f"{config_path} has more than {LARGEST_CONFIG} bytes: no configuration")
-    config = AdapterConfig.from_json(config_path.read_bytes())
-    tensors = _read_tensors(weights_path)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    extras: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        found = _FACTOR.fullmatch(key)
-        if found is not None:
-            pairs.setdefault(found["path"], {})[found["factor"]] = tensor
-        elif key.startswith(PREFIX) and _is_extra(key.removeprefix(PREFIX), config):
-            inner = key.removeprefix(PREFIX)
-            extras[_own_key(inner)] = tensor
-        else:
-            raise ValueError(
-                f"{WEIGHTS_FILE} has {_short(key)}, which no LoRA layer, bias or modules_to_save "
-                f"of {CONFIG_FILE} explains: expected {PREFIX}<path>.lora_A.weight and .lora_B"
-            )
-    if not pairs:
-        raise ValueError(f"{WEIGHTS_FILE} holds no lora_A and lora_B")
-    factors = {}
-    for path, pair in pairs.items():
-        for letter in "AB":
-            if letter not in pair:
-                missing = f"{PREFIX}{_short(path)}.lora_{letter}.weight"
-                raise ValueError(f"{WEIGHTS_FILE} has no {missing}: an adapter has both factors")
-        _check_rank(path, config.rank(path), pair["A"], pair["B"])
-        factors[path] = (pair["A"], pair["B"])
-    return Adapter(config, factors, extras)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    safetensors = _safetensors()
-    tensors = {}
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                dtype = file.get_slice(key).get_dtype()
-                if dtype not in _DTYPES:
-                    raise ValueError(
-                        f"{_short(key)} has dtype {dtype}, expected one of {', '.join(_DTYPES)}"
-                    )
-                tensors[key] = file.get_tensor(key)
-                if not tensors[key].isfinite().all():
-                    raise ValueError(f"{_short(key)} holds NaN or infinity")
-    except (safetensors.SafetensorError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} is no safetensors file we can read: {error}") from error
-    return tensors
-
-
-def _check_rank(path: str, r: int, lora_A: Tensor, lora_B: Tensor) -> None:
-    for letter, tensor, axis in (("A", lora_A, 0), ("B", lora_B, 1)):
-        if tensor.dim() != 2 or tensor.shape[axis] != r:
-            shape = "[r, in]" if letter == "A" else "[out, r]"
-            raise ValueError(
-                f"{PREFIX}{path}.lora_{letter}.weight is {_shape(tensor)}, expected {shape} with "
-                f"r = {r} from {CONFIG_FILE}"
-            )
-
-
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:
     """The file's layers are in the model, and so is what its configuration targets in the file."""
     config = adapter.config
     places = {place.path for where in module_places(model).values() for place in where}
     given = set(adapter.factors)
-    _check_same("modules of the model", places & given, given)
+    check_same("modules of the model", places & given, given)
     if isinstance(config.target_modules, list) and not isinstance(config.exclude_modules, str):
         first = {where[0].path for where in module_places(model).values()}
         if given <= first:
             targets = find_targets(model, config.target_modules, config.exclude_modules)
-            _check_same(f"target_modules of {CONFIG_FILE}", set(targets), given)
-
-
-def _check_same(what: str, expected: set[str], given: set[str]) -> None:
-    for path in sorted(given - expected):
-        raise ValueError(
-            f"{WEIGHTS_FILE} has {PREFIX}{_short(path)}.lora_A.weight, which is not among the "
-            f"{what}: call unload() and load again, or take the adapter of this model"
-        )
-    for path in sorted(expected - given):
-        raise ValueError(
-            f"{WEIGHTS_FILE} has no {PREFIX}{_short(path)}.lora_A.weight, which is among the "
-            f"{what}: call unload() and load again, or take the adapter of this model"
-        )
+            check_same(f"target_modules of {CONFIG_FILE}", set(targets), given)
 
 
 def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -244,7 +162,7 @@ def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) 
     ):
         key = f"{PREFIX}{path}.lora_{letter}.weight"
         if tuple(tensor.shape) != expected:
-            raise ValueError(f"{key} is {_shape(tensor)}, the layer expects {expected}")
+            raise ValueError(f"{key} is {shape_of(tensor)}, the layer expects {expected}")
         if not tensor.to(own.dtype).isfinite().all():
             raise ValueError(
                 f"{key} holds values that {own.dtype} of the layer cannot: load it into a model "
@@ -259,9 +177,9 @@ def _check_extras(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     for key, value in adapter.extras.items():
         own = parameters.get(key)
         if own is None or own.shape != value.shape:
-            got = "no such parameter" if own is None else f"a parameter {_shape(own)}"
+            got = "no such parameter" if own is None else f"a parameter {shape_of(own)}"
             raise ValueError(
-                f"{WEIGHTS_FILE} has {PREFIX}{_short(key)} {_shape(value)}: the model has {got}"
+                f"{WEIGHTS_FILE} has {PREFIX}{short(key)} {shape_of(value)}: the model has {got}"
             )
         if uses[id(own)] > 1:
             raise ValueError(
@@ -306,7 +224,7 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
                 state = "is sharded: gather it" if layer.adapters_ready else "is not initialised"
                 raise ValueError(f"{path}.lora_{letter} {state}: there is nothing to save yet")
     biases = bias_parameters(model, bias)
-    extras: dict[str, Tensor] = {_own_key(key): value for key, value in biases.items()}
+    extras: dict[str, Tensor] = {own_key(key): value for key, value in biases.items()}
     for name in modules_to_save or ():
         paths = [
             place.path
@@ -320,25 +238,52 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
             raise ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
         parameters = _parameters(model)
         extras |= {k: p for k, p in parameters.items() if any(k.startswith(f"{q}.") for q in paths)}
-    return Adapter(
-        _config_of(model, layers, bias, modules_to_save),
-        {path: (layer.lora_A.detach(), layer.lora_B.detach()) for path, layer in layers.items()},
-        {key: value.detach() for key, value in extras.items()},
-    )
-
-
-def _config_of(
-    model: nn.Module,
-    layers: dict[str, LoRALayer],
-    bias: Bias,
-    modules_to_save: Sequence[str] | None,
-) -> AdapterConfig:
     rslora = {layer.use_rslora for layer in layers.values()}
     alphas = {
         path: layer.lora_alpha if len(rslora) == 1 else layer.scaling * layer.r
         for path, layer in layers.items()
     }
-    r, ranks = describe_values({path: layer.r for path, layer in layers.items()})
+    config = _config_of(
+        model,
+        layers,
+        {path: layer.r for path, layer in layers.items()},
+        alphas,
+        use_rslora=rslora == {True},
+        bias=bias,
+        modules_to_save=list(modules_to_save) if modules_to_save else None,
+    )
+    return Adapter(
+        config,
+        {path: (layer.lora_A.detach(), layer.lora_B.detach()) for path, layer in layers.items()},
+        {key: value.detach() for key, value in extras.items()},
+    )
+
+
+def _adapter_of_packs(
+    model: nn.Module, layers: Mapping[str, MultiLoRALinear], name: str
+) -> Adapter:
+    packs = {path: layer.pack for path, layer in layers.items() if layer.pack.rank(name) > 0}
+    ranks = {path: pack.rank(name) for path, pack in packs.items()}
+    alphas = {path: _alpha(pack.scaling_of(name), ranks[path]) for path, pack in packs.items()}
+    touched = {path: layers[path] for path in packs}
+    factors = {path: pack.factors(name) for path, pack in packs.items()}
+    return Adapter(_config_of(model, touched, ranks, alphas), factors, {})
+
+
+def _alpha(scaling: float, r: int) -> float:
+    """lora_alpha of a scaling: the integer it came from, if it may have come from one."""
+    alpha = scaling * r
+    return round(alpha) if round(alpha) / r == scaling else alpha
+
+
+def _config_of(
+    model: nn.Module,
+    layers: Mapping[str, LoRALayer | MultiLoRALinear],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    **fields: Any,
+) -> AdapterConfig:
+    r, rank_pattern = describe_values(ranks)
     alpha, alpha_pattern = describe_values(alphas)
     dropouts = Counter(layer.lora_dropout for layer in layers.values())
     paths = [where[0].path for where in module_places(model).values()]
@@ -348,59 +293,14 @@ def _config_of(
         lora_alpha=alpha,
         target_modules=describe_targets(list(layers), paths),
         lora_dropout=dropouts.most_common(1)[0][0],
-        use_rslora=rslora == {True},
-        bias=bias,
         fan_in_fan_out=all(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
-        modules_to_save=list(modules_to_save) if modules_to_save else None,
-        rank_pattern=ranks,
+        rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
         task_type="CAUSAL_LM" if type(inner).__name__.endswith("ForCausalLM") else None,
         base_model_name_or_path=getattr(getattr(inner, "config", None), "_name_or_path", None),
+        **fields,
     )
 
 
 def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {_own_key(clean_path(key)): parameter for key, parameter in model.named_parameters()}
-
-
-def _own_key(key: str) -> str:
-    """The key that a parameter has in the base model: an adapter may have wrapped its layer."""
-    return re.sub(r"\.base_layer\.(bias|weight)$", r".\1", key)
-
-
-def _is_extra(key: str, config: AdapterConfig) -> bool:
-    """Whether the configuration says that the file holds this parameter of the base model."""
-    path, _, last = key.rpartition(".")
-    if last == "bias" and config.bias != "none":
-        return True
-    above = path.split(".")
-    paths = (".".join(above[:n]) for n in range(1, len(above) + 1))
-    return any(named(config.modules_to_save or [], p) for p in paths)
-
-
-def _folder(directory: str | os.PathLike[str], name: str | None) -> Path:
-    if name is None or name == "default":
-        return Path(directory)
-    if name in ("", os.curdir, os.pardir) or re.search(r"[/\\\0:]", name):
-        raise ValueError(f"{name!r} is no adapter name: give a plain name, without separators")
-    return Path(directory) / name
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "adapter files need safetensors: pip install 'fused-lora[adapters]'"
-        ) from error
-    return safetensors
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))
-
-
-def _short(key: str) -> str:
-    text = repr(key)[1:-1]
-    return text if len(text) <= 120 else text[:117] + "..."
+    return {own_key(clean_path(key)): parameter for key, parameter in model.named_parameters()}

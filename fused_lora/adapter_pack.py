@@ -30,6 +30,14 @@ class _Entry(NamedTuple):
         return [RANK_PADDING * block + j for block in self.blocks for j in range(RANK_PADDING)]
 
 
+class Packed(NamedTuple):
+    """An adapter for a place in a pack, checked: `AdapterPack.write` puts it there."""
+
+    entry: _Entry
+    lora_A: Tensor
+    lora_B: Tensor
+
+
 class AdapterPack(nn.Module):
     """Room for adapters of one linear layer of `in_features` and `out_features`.
 
@@ -41,7 +49,7 @@ class AdapterPack(nn.Module):
     Parameters: lora_A [total_rank, in_features] and lora_B [out_features, total_rank], zero where
     no adapter is. Columns that pad a rank, and free ones, get exactly zero gradient. An optimizer
     with momentum goes on moving the columns of an adapter that was removed or replaced: reset its
-    state there.
+    state there. One with weight decay moves adapters that had no tokens, too.
 
     Raises ValueError for sizes below 1.
     """
@@ -84,22 +92,16 @@ class AdapterPack(nn.Module):
 
     def add(self, name: str, lora_A: Tensor, lora_B: Tensor, *, scaling: float = 1.0) -> int:
         """Copy an adapter, lora_A [r, in_features] and lora_B [out_features, r], into free columns;
-        returns the id that `adapter_ids` name it by.
+        returns the id that `adapter_ids` name it by, the smallest free one. One of rank 0 takes no
+        columns and computes the base.
 
         Raises ValueError, before anything is written, if the name is taken, shapes do not fit, a
         value is not finite (it would leak into the tokens of other adapters), or room is missing.
         """
         if name in self._entries:
             raise ValueError(f"there is an adapter {name!r} already: use replace(), or remove() it")
-        ids = {entry.id for entry in self._entries.values()}
-        free = [i for i in range(self.max_adapters) if i not in ids]
-        if not free:
-            raise ValueError(
-                f"the pack holds {self.max_adapters} adapters, as many as it may: remove() one, or "
-                "build it with a larger max_adapters"
-            )
-        self._write(name, free[0], lora_A, lora_B, scaling, kept=())
-        return free[0]
+        self.write(name, self.prepare(name, lora_A, lora_B, scaling))
+        return self.id(name)
 
     def add_untrained(self, name: str, r: int, *, scaling: float = 1.0) -> int:
         """`add` an adapter as training starts with it: lora_A Kaiming-uniform, lora_B zero."""
@@ -114,10 +116,9 @@ class AdapterPack(nn.Module):
     ) -> int:
         """Put another adapter in the place of `name`, with the same id and, unless given, the same
         scaling; its rank may differ. Raises as `add`, and KeyError if there is no such adapter."""
-        old = self._entry(name)
-        scaling = old.scaling if scaling is None else scaling
-        self._write(name, old.id, lora_A, lora_B, scaling, kept=old.blocks)
-        return old.id
+        scaling = self.scaling_of(name) if scaling is None else scaling
+        self.write(name, self.prepare(name, lora_A, lora_B, scaling))
+        return self.id(name)
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
@@ -144,7 +145,7 @@ class AdapterPack(nn.Module):
     def columns(self, name: str) -> Tensor:
         """int64 [r]: where the adapter lies, rows of lora_A and columns of lora_B."""
         entry = self._entry(name)
-        return torch.tensor(entry.columns[: entry.r], device=self.owner.device)
+        return self._index(entry.columns[: entry.r])
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A copy of the adapter: lora_A [r, in_features] and lora_B [out_features, r]."""
@@ -185,30 +186,28 @@ class AdapterPack(nn.Module):
             raise KeyError(f"no adapter {name!r} in the pack, which holds {self.names}: add() it")
         return self._entries[name]
 
-    @torch.no_grad()
-    def _write(
-        self,
-        name: str,
-        adapter_id: int,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        kept: tuple[int, ...],
-    ) -> None:
-        """Check the adapter, then write it to `kept` blocks and free ones, its owner last."""
+    def prepare(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Packed:
+        """Check an adapter and find its place, that of the adapter of this name if there is one,
+        writing nothing. Raises as `add`."""
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(
                 f"adapter {name!r} must be lora_A [r, in] and lora_B [out, r]: got "
                 f"{tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
             )
         r = lora_A.shape[0]
-        if lora_A.shape[1] != self.in_features or lora_B.shape[0] != self.out_features or r < 1:
+        if lora_A.shape[1] != self.in_features or lora_B.shape[0] != self.out_features:
             raise ValueError(
                 f"adapter {name!r} is lora_A {tuple(lora_A.shape)} and lora_B "
                 f"{tuple(lora_B.shape)}, expected [r, {self.in_features}] and "
-                f"[{self.out_features}, r], r at least 1: it belongs to a layer of another size"
+                f"[{self.out_features}, r]: it belongs to a layer of another size"
             )
-        factors = {"lora_A": lora_A.to(self.lora_A), "lora_B": lora_B.to(self.lora_B)}
+        if self.owner.is_meta:
+            raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
+        # copies: they may be views of the very columns that `write` clears first
+        factors = {
+            "lora_A": lora_A.detach().to(self.lora_A, copy=True),
+            "lora_B": lora_B.detach().to(self.lora_B, copy=True),
+        }
         for label, factor in factors.items():
             if not torch.isfinite(factor).all():
                 raise ValueError(
@@ -217,23 +216,44 @@ class AdapterPack(nn.Module):
                 )
         if not math.isfinite(scaling):
             raise ValueError(f"scaling of adapter {name!r} must be finite: got {scaling}")
-        entry = _Entry(adapter_id, r, float(scaling), self._allocate(name, _blocks_of(r), kept))
+        held = self._entries.get(name)
+        adapter_id = self._free_id() if held is None else held.id
+        blocks = self._allocate(name, _blocks_of(r), () if held is None else held.blocks)
+        return Packed(_Entry(adapter_id, r, float(scaling), blocks), **factors)
+
+    def packed(self, name: str) -> Packed | None:
+        """A copy of the adapter with its place, None if there is no such adapter."""
+        return Packed(self._entries[name], *self.factors(name)) if name in self._entries else None
+
+    @torch.no_grad()
+    def write(self, name: str, packed: Packed) -> None:
+        """Put what `prepare` or `packed` returned in its place, its owner last."""
         if name in self._entries:
             self._clear(self._entries[name])
-        columns = torch.tensor(entry.columns[:r], device=self.owner.device)
-        self.lora_A[columns] = factors["lora_A"]
-        self.lora_B[:, columns] = factors["lora_B"]
+        entry = self._entries[name] = packed.entry
+        columns = self.columns(name)
+        self.lora_A[columns] = packed.lora_A
+        self.lora_B[:, columns] = packed.lora_B
         self.scaling[columns] = entry.scaling
-        first, last = min(entry.columns), max(entry.columns)
-        self.window[adapter_id] = torch.tensor([first, last + 1], dtype=torch.int32)
-        self.owner[columns] = adapter_id
-        self._entries[name] = entry
+        first, last = min(entry.columns, default=self.total_rank), max(entry.columns, default=-1)
+        self.window[entry.id] = torch.tensor([first, last + 1], dtype=torch.int32)
+        self.owner[columns] = entry.id
+
+    def _free_id(self) -> int:
+        ids = {entry.id for entry in self._entries.values()}
+        for free in range(self.max_adapters):
+            if free not in ids:
+                return free
+        raise ValueError(
+            f"the pack holds {self.max_adapters} adapters, as many as it may: remove() one, or "
+            "build it with a larger max_adapters"
+        )
 
     def _allocate(self, name: str, count: int, kept: tuple[int, ...]) -> tuple[int, ...]:
         """`count` blocks among the free ones and `kept`: `kept` if it fits, else the first run of
         neighbours that is long enough, else the first ones there are."""
-        if len(kept) == count:
-            return kept
+        if count in (0, len(kept)):
+            return kept[:count]
         taken = {block for entry in self._entries.values() for block in entry.blocks}
         taken -= set(kept)
         free = [b for b in range(self.total_rank // RANK_PADDING) if b not in taken]
@@ -249,11 +269,14 @@ class AdapterPack(nn.Module):
         return tuple(free[:count])
 
     def _clear(self, entry: _Entry) -> None:
-        columns = torch.tensor(entry.columns, device=self.owner.device)
+        columns = self._index(entry.columns)
         self.owner[columns] = NOBODY
         self.scaling[columns] = 0.0
         self.lora_A[columns] = 0.0
         self.lora_B[:, columns] = 0.0
+
+    def _index(self, columns: list[int]) -> Tensor:
+        return torch.tensor(columns, dtype=torch.int64, device=self.owner.device)
 
     # --- state: what moves, what is saved, what loads
 

@@ -102,15 +102,7 @@ class LoRALayer(nn.Module):
         """Initialise lora_A and lora_B as `init_lora_weights` says."""
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before reset_lora_parameters()")
-        with torch.no_grad():
-            if self.init_lora_weights == "gaussian":
-                nn.init.normal_(self.lora_A, std=1.0 / self.r)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            if self.init_lora_weights is False:
-                nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
-            else:
-                nn.init.zeros_(self.lora_B)
+        initialise(self.lora_A, self.lora_B, self.init_lora_weights)
         self.adapters_ready = not self.lora_A.is_meta
 
     def set_adapter(
@@ -195,13 +187,26 @@ class LoRALayer(nn.Module):
         return self
 
 
+@torch.no_grad()
+def initialise(lora_A: Tensor, lora_B: Tensor, how: InitLoRA) -> None:
+    """Fill lora_A [r, in] and lora_B [out, r] as `init_lora_weights` says."""
+    if how == "gaussian":
+        nn.init.normal_(lora_A, std=1.0 / lora_A.shape[0])
+    else:
+        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+    if how is False:
+        nn.init.kaiming_uniform_(lora_B, a=math.sqrt(5))
+    else:
+        nn.init.zeros_(lora_B)
+
+
 def check_adapter_options(
     *,
     r: int,
-    lora_dropout: float,
-    init_lora_weights: InitLoRA,
-    adapter_dtype: torch.dtype | None,
-    backend: str,
+    lora_dropout: float = 0.0,
+    init_lora_weights: InitLoRA = True,
+    adapter_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> None:
     """Raise ValueError or TypeError for an option that no layer can be made with."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:

@@ -7,40 +7,28 @@ module is touched. A module or weight that the model uses in several places is h
 from __future__ import annotations
 
 import contextlib
-import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fused_lora.layer import InitLoRA, LoRALayer, check_adapter_options
-from fused_lora.linear import FusedLoRALinear, is_conv1d
-from fused_lora.quantized import QuantizedLoRALinear, quantization_of
-from fused_lora.targets import match_pattern, named
+from fused_lora.adapter_config import AdapterConfig
+from fused_lora.layer import InitLoRA, LoRALayer
+from fused_lora.packs import apply_packs
+from fused_lora.places import (
+    Replacement,
+    checked_targets,
+    clean_path,
+    lora_layers,
+    module_places,
+    pack_layers,
+    some,
+)
 
 Bias = Literal["none", "all", "lora_only"]
 BIASES = ("none", "all", "lora_only")
-# what torch.compile and activation checkpointing put into the path of a module
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
-
-
-class Place(NamedTuple):
-    """Where a module hangs: `parent.name` is the module, `path` is how the model calls it."""
-
-    parent: nn.Module
-    name: str
-    path: str
 
 
 class TrainableParameters(NamedTuple):
@@ -60,8 +48,8 @@ class TrainableParameters(NamedTuple):
 def apply_lora(
     model: nn.Module,
     *,
-    r: int,
-    lora_alpha: float,
+    r: int | None = None,
+    lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] | None = None,
@@ -71,6 +59,9 @@ def apply_lora(
     init_lora_weights: InitLoRA = True,
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    adapters: Mapping[str, Mapping[str, Any] | str | os.PathLike[str]] | None = None,
+    total_rank: int | None = None,
+    max_adapters: int = 64,
 ) -> nn.Module:
     """Put a LoRA layer in the place of each targeted linear layer of `model`; returns `model`.
 
@@ -86,41 +77,59 @@ def apply_lora(
         rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha} for single
             layers, matched against the end of the path as PEFT does.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, backend: as in
-            `FusedLoRALinear`.
+            `FusedLoRALinear`. Without `adapters`, r and lora_alpha must be given.
+        adapters: {name: options, or a folder in PEFT's format}: many adapters in one batch, chosen
+            by `use_adapters`. The layers are then `MultiLoRALinear`. Options are this function's
+            own, r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern and
+            use_rslora, where they differ from those of the call; {} for none.
+            In a layer that an adapter does not touch its tokens take the base. Ids are 0, 1, ...
+            in the order given, the same in all layers. Quantised layers cannot be targeted.
+        total_rank: room in each pack, every adapter's rank rounded up to a multiple of 16; all
+            layers of target_modules get a pack then. By default what `adapters` need, where they
+            need it: none is free for `add_adapter` and `load_adapter`.
+        max_adapters: the largest number of adapters at a time.
 
-    Raises ValueError if nothing is targeted, a pattern fits no target or an option is out of range;
-    TypeError for a target that cannot take a LoRA layer, with its path and the reason. Either way
-    the model is as it was.
+    Raises ValueError if nothing is targeted, a pattern fits no target, an option is out of range
+    or the room too small; TypeError for a target that cannot take a LoRA layer, with its path and
+    the reason; for folders as `load_adapter`. Either way the model is as it was.
     """
-    common = {
+    own: dict[str, Any] = {
+        "r": r,
+        "lora_alpha": lora_alpha,
+        "target_modules": target_modules,
+        "exclude_modules": exclude_modules,
+        "rank_pattern": rank_pattern or {},
+        "alpha_pattern": alpha_pattern or {},
+        "use_rslora": use_rslora,
+    }
+    common: dict[str, Any] = {
         "lora_dropout": lora_dropout,
         "init_lora_weights": init_lora_weights,
         "adapter_dtype": adapter_dtype,
         "backend": backend,
     }
-    targets = find_targets(model, target_modules, exclude_modules)
-    ranks, alphas = rank_pattern or {}, alpha_pattern or {}
-    for kind, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        used = {match_pattern(patterns, path) for path in targets}
-        for unused in [key for key in patterns if key not in used]:
-            raise ValueError(
-                f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
-            )
-    options: dict[str, dict[str, Any]] = {}
-    for path in targets:
-        rank = ranks.get(match_pattern(ranks, path) or "", r)
-        alpha = alphas.get(match_pattern(alphas, path) or "", lora_alpha)
-        check_adapter_options(r=rank, **common)  # type: ignore[arg-type]
-        options[path] = {"r": rank, "lora_alpha": alpha, "use_rslora": use_rslora, **common}
-    Replacement(model, options).commit()
+    if adapters is not None:
+        apply_packs(model, adapters, own, common, total_rank, max_adapters)
+        return model
+    if total_rank is not None:
+        raise ValueError("total_rank is the room for adapters: give them, or adapters={} for none")
+    config = AdapterConfig(**own)
+    options = {
+        path: {"r": config.rank(path), "lora_alpha": config.alpha(path), "use_rslora": use_rslora}
+        for path in checked_targets(model, config, common)
+    }
+    Replacement(model, {path: each | common for path, each in options.items()}).commit()
     return model
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freeze everything but lora_A and lora_B. bias "all" also trains every bias of the model,
-    "lora_only" those of the LoRA layers. Raises ValueError for another bias or no LoRA layer."""
-    layers, biases = require_layers(model), bias_parameters(model, bias)
-    adapters = [p for layer in layers.values() for p in (layer.lora_A, layer.lora_B)]
+    """Freeze everything but lora_A and lora_B, those of packs too. bias "all" also trains every
+    bias of the model, "lora_only" those of the LoRA layers. Raises ValueError for another bias or
+    no LoRA layer."""
+    packs = [layer.pack for layer in pack_layers(model).values()]
+    layers = lora_layers(model) if packs else require_layers(model)
+    biases = bias_parameters(model, bias)
+    adapters = [p for holder in (*layers.values(), *packs) for p in (holder.lora_A, holder.lora_B)]
     trained = {id(p) for p in (*adapters, *biases.values())}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
@@ -176,7 +185,7 @@ def merge_adapter(
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
-            f"{_some(merged)}: merged already; call unmerge_adapter() before merging again"
+            f"{some(merged)}: merged already; call unmerge_adapter() before merging again"
         )
     for path, layer in layers.items():
         reason = layer.why_not_merge(requantise)
@@ -225,18 +234,14 @@ def all_or_nothing(layers: Iterable[LoRALayer]) -> Iterator[None]:
         raise
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """{path: LoRA layer}, each layer once, under the first of its paths."""
-    return {
-        clean_path(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, LoRALayer)
-    }
-
-
 def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """`lora_layers`, raising ValueError if there are none."""
     layers = lora_layers(model)
+    if not layers and pack_layers(model):
+        raise ValueError(
+            f"{type(model).__name__} holds packs of adapters, not single ones: use_adapters, "
+            "add_adapter, load_adapter, save_adapter and delete_adapter are for them"
+        )
     if not layers:
         raise ValueError(
             f"{type(model).__name__} holds no LoRA layer: call apply_lora or load_adapter first"
@@ -251,140 +256,17 @@ def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
     every = {clean_path(key): parameter for key, parameter in model.named_parameters()}
     biases = {key: p for key, p in every.items() if key == "bias" or key.endswith(".bias")}
     if bias == "lora_only":
-        owned = {id(layer.bias) for layer in lora_layers(model).values()}
+        layers = (*lora_layers(model).values(), *pack_layers(model).values())
+        owned = {id(layer.bias) for layer in layers}
         biases = {key: p for key, p in biases.items() if id(p) in owned}
     return {} if bias == "none" else biases
-
-
-def clean_path(path: str) -> str:
-    """A path without what torch.compile and activation checkpointing add to it."""
-    return _WRAPPERS.sub("", path).lstrip(".")
-
-
-def find_targets(
-    model: nn.Module,
-    target_modules: str | Sequence[str],
-    exclude_modules: str | Sequence[str] | None = None,
-) -> list[str]:
-    """Paths of the modules that are targeted, as `apply_lora` says. Raises ValueError if none."""
-    places = module_places(model)
-    excluded = exclude_modules or []
-    found = []
-    embeddings = getattr(model, "get_output_embeddings", None)
-    output = embeddings() if callable(embeddings) else None
-    for module, where in places.items():
-        paths = [place.path for place in where]
-        if any(named(excluded, path) for path in paths):
-            continue
-        if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-            if module is not output and _is_linear(module):
-                found.append(paths[0])
-        elif any(named(target_modules, path) for path in paths):
-            found.append(paths[0])
-    if not found:
-        linears = [where[0].path for m, where in places.items() if _is_linear(m)]
-        raise ValueError(
-            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) fits no "
-            f"module of {type(model).__name__}: a list holds ends of paths, a string is a regular "
-            f"expression for a whole path; its linear layers are {_some(linears) or 'none'}"
-        )
-    return found
-
-
-class Replacement:
-    """LoRA layers for modules of a model, made and checked but not yet in their places.
-
-    `layers` holds them by path. `commit` puts them there and freezes the base; until then the model
-    is untouched. Raises TypeError for a module that cannot be replaced, with path and reason.
-    """
-
-    def __init__(self, model: nn.Module, options: Mapping[str, Mapping[str, Any]]) -> None:
-        self._places = module_places(model)
-        owners = {place.path: m for m, where in self._places.items() for place in where}
-        modules = {path: owners[path] for path in options}
-        for path, module in modules.items():
-            reason = _why_not(module, self._places[module], owners)
-            if reason is not None:
-                raise TypeError(f"{path} ({type(module).__name__}) cannot take LoRA: {reason}")
-        self._modules = modules
-        trained = {path: _requires_grad(module) for path, module in modules.items()}
-        self.layers: dict[str, LoRALayer] = {}
-        try:
-            for path, module in modules.items():
-                make: Callable[..., LoRALayer] = FusedLoRALinear.from_linear
-                if quantization_of(module) is not None:
-                    make = QuantizedLoRALinear
-                self.layers[path] = make(module, **options[path])
-        finally:
-            for path, module in modules.items():
-                for parameter, requires_grad in zip(
-                    module.parameters(recurse=False), trained[path], strict=True
-                ):
-                    parameter.requires_grad_(requires_grad)
-
-    def commit(self) -> None:
-        for path, module in self._modules.items():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)
-            for place in self._places[module]:
-                setattr(place.parent, place.name, self.layers[path])
-
-
-def module_places(model: nn.Module) -> dict[nn.Module, list[Place]]:
-    """Every place of every module below `model`, in the order of named_modules."""
-    places: dict[nn.Module, list[Place]] = {}
-    for path, parent in model.named_modules(remove_duplicate=False):
-        for name, child in parent._modules.items():  # named_children leaves out a second name
-            if child is not None:
-                full = clean_path(f"{path}.{name}" if path else name)
-                places.setdefault(child, []).append(Place(parent, name, full))
-    return places
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def _why_not(
-    module: nn.Module, where: Sequence[Place], owners: Mapping[str, nn.Module]
-) -> str | None:
-    """Why a LoRA layer cannot stand in `module`'s place, and what to do; None if it can."""
-    if isinstance(module, LoRALayer):
-        return "it is a LoRA layer already; load_adapter() changes its adapter, unload() removes it"
-    for parent, name, path in where:
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            return (
-                f"{type(parent).__name__} reads {name}.weight itself and would leave the adapter "
-                "out; name it in exclude_modules, or use an attention made of separate layers"
-            )
-        peft = sys.modules.get("peft.tuners.tuners_utils")
-        above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]
-        if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
-            return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
-    if quantization_of(module) is not None:
-        return None  # it stays, with its hooks
-    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
-        return (
-            "it has hooks or a forward of its own, which the new layer would not have; remove them "
-            "and register them again afterwards"
-        )
-    if not (type(module) is nn.Linear or is_conv1d(module)):
-        return "LoRA layers replace nn.Linear, Conv1D of transformers and quantised linear layers"
-    weight: Any = module.weight
-    if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain tensor"
-    return None
-
-
-def _requires_grad(module: nn.Module) -> list[bool]:
-    return [parameter.requires_grad for parameter in module.parameters(recurse=False)]
 
 
 def _require_kept_base(layers: Mapping[str, LoRALayer], what: str) -> None:
     gone = [path for path, layer in layers.items() if not layer.has_base]
     if gone:
         raise RuntimeError(
-            f"{what} needs the base weight of {_some(gone)}, which merge(keep_base=False) let go: "
+            f"{what} needs the base weight of {some(gone)}, which merge(keep_base=False) let go: "
             "load a base checkpoint, or merge with keep_base=True"
         )
 
@@ -392,9 +274,3 @@ def _require_kept_base(layers: Mapping[str, LoRALayer], what: str) -> None:
 def _size(parameter: nn.Parameter) -> int:
     packed: Any = getattr(parameter, "quant_state", None)  # 4-bit weights of bitsandbytes
     return parameter.numel() if packed is None else packed.shape.numel()
-
-
-def _some(paths: Sequence[str]) -> str:
-    """The first few paths, and how many there are besides."""
-    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return ", ".join(paths[:4]) + more

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fused_lora import dropout, ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
 from fused_lora.functional import BACKENDS, _check_options, _check_tensors, run
+from fused_lora.linear import is_conv1d
 
 
 def multi_lora_linear(
@@ -103,6 +104,7 @@ class MultiLoRALinear(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    fan_in_fan_out: bool
 
     def __init__(
         self,
@@ -140,8 +142,9 @@ class MultiLoRALinear(nn.Module):
         backend: str = "auto",
     ) -> MultiLoRALinear:
         """A layer around the weight and bias of `linear`: shared, not copied, and frozen from now
-        on. Raises TypeError if `linear` is not exactly an nn.Linear."""
-        if type(linear) is not nn.Linear:
+        on. `linear` may be a Conv1D of transformers (GPT-2), whose weight stays stored [in, out].
+        Raises TypeError if it is not exactly one of the two."""
+        if type(linear) is not nn.Linear and not is_conv1d(linear):
             raise TypeError(f"from_linear takes an nn.Linear: got {type(linear).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -170,13 +173,14 @@ class MultiLoRALinear(nn.Module):
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
         base.requires_grad_(False)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.lora_dropout, self.backend = lora_dropout, backend
+        self.fan_in_fan_out = is_conv1d(base)
         self.weight = base.weight
+        self.out_features, self.in_features = self._matrix().shape
+        self.lora_dropout, self.backend = lora_dropout, backend
         self.register_parameter("bias", base.bias)
         self.pack = AdapterPack(
-            base.in_features,
-            base.out_features,
+            self.in_features,
+            self.out_features,
             total_rank=total_rank,
             max_adapters=max_adapters,
             device=base.weight.device,
@@ -195,13 +199,17 @@ class MultiLoRALinear(nn.Module):
             )
         return multi_lora_linear(
             x,
-            self.weight,
+            self._matrix(),
             self.pack,
             ids,
             self.bias,
             dropout_p=self.lora_dropout if self.training else 0.0,
             backend=self.backend,
         )
+
+    def _matrix(self) -> Tensor:
+        """The weight as [out, in]."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -215,9 +223,11 @@ class MultiLoRALinear(nn.Module):
 def use_adapters(model: nn.Module, ids: Tensor | Sequence[str | None]) -> Iterator[None]:
     """Inside the block, the MultiLoRALinear layers of `model` take these adapters.
 
-    ids: as `adapter_ids` of `multi_lora_linear`, for packs that were filled alike; or one name per
-    sequence (None: base only), looked up in the pack of each layer. So unchanged model code, a
-    `forward` or `generate` of transformers, serves a mixed batch. Blocks nest; not thread-safe.
+    ids: as `adapter_ids` of `multi_lora_linear`, for packs that were filled alike, as `apply_lora`
+    and `load_adapter` fill them; or one name per sequence (None: base only), looked up in the pack
+    of each layer. So unchanged model code, a `forward` or `generate` of transformers, serves a
+    mixed batch; with beams, name each beam. Under activation checkpointing call backward inside
+    the block: it computes the forward pass again. Blocks nest; not thread-safe.
 
     Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks.
     """

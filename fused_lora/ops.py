@@ -258,7 +258,7 @@ def _checked(adapters: list[Tensor]) -> Adapters | None:
     pack = Adapters(*adapters)
     if pack.ids.is_cuda and not CHECK_IDS:
         return pack
-    ids, held = pack.ids, pack.window[:, 1] > 0
+    ids, held = pack.ids, pack.window.any(1)
     wrong = (ids < -1) | (ids >= len(held))
     wrong |= ~held[ids.clamp(0, len(held) - 1)] & (ids != -1)
     if wrong.any():

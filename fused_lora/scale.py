@@ -24,8 +24,8 @@ class Adapters(NamedTuple):
     ids: int32 [M], the adapter of each token, -1 for the base alone. owner: int32 [r], the adapter
     of each column, `NOBODY` for free and padding columns. scaling: fp32 [r] (fp64 for fp64
     factors), of each column.
-    window: int32 [adapters, 2], the first column of each adapter and the one behind its last, 0 and
-    0 where there is no adapter.
+    window: int32 [adapters, 2], the first column of each adapter and the one behind its last; r and
+    0 for an adapter of rank 0, 0 and 0 where there is no adapter.
     """
 
     ids: Tensor

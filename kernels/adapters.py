@@ -9,8 +9,8 @@ Launchers take `adapters`, a tuple with the fields
     ids      int32 [M], the adapter of each token, -1 for none; what no column has counts as -1
     owner    int32 [r], the adapter of each column, -2 for free and padding columns
     scaling  fp32 [r], of each column
-    window   int32 [adapters, 2], first column of each adapter and the one behind its last, 0 and 0
-             where there is no adapter
+    window   int32 [adapters, 2], first column of each adapter and the one behind its last; r and 0
+             for an adapter of rank 0, 0 and 0 where there is no adapter
 """
 
 import triton

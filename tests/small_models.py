@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -73,3 +74,12 @@ def assert_untouched(model, before):
 
 def paths(model):
     return sorted(fused_lora.model.lora_layers(model))
+
+
+def llama(seed=0):
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=37)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(**sizes, **heads, attention_bias=True)
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(config).eval()

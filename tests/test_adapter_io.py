@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from small_models import Model, inputs, make, paths, plain
+from small_models import Model, inputs, llama, make, paths, plain
 from torch import nn
 
 import fused_lora
@@ -28,15 +28,6 @@ def trained(seed=0, base_seed=0, **options):
         for factor in (layer.lora_A, layer.lora_B):
             factor.data.normal_(generator=generator)
     return model
-
-
-def llama(seed=0):
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=37)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2)
-    config = transformers.LlamaConfig(**sizes, **heads, attention_bias=True)
-    torch.manual_seed(seed)
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 TOKENS = torch.arange(1, 9).view(2, 4)

@@ -3,6 +3,7 @@ acceptance rule, whatever the adapters' popularity and ranks and the order of th
 
 from dataclasses import replace
 from functools import partial
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -59,12 +60,25 @@ def test_every_path_over_the_cover(M, N, K, ranks, popularity, order, dtype, pat
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
 @pytest.mark.parametrize("ranks", RANKS)
-def test_aten_over_the_cover(ranks, popularity, device):
-    dtypes = (*DTYPES, torch.float64, BF16)
-    for (M, N, K), dtype, order in zip(SIZES, dtypes, (*ORDERS, *ORDERS, ORDERS[0]), strict=True):
-        ids = make_ids(popularity, order, M, len(ranks))
+def test_aten_over_the_cross_product(ranks, popularity, device):
+    dtypes = cycle((*DTYPES, torch.float64, BF16, FP32, FP16))
+    for (M, N, K), order in product(SIZES, ORDERS):
+        dtype, ids = next(dtypes), make_ids(popularity, order, M, len(ranks))
         batch = make_batch(M, N, K, ranks, dtype, ids, device)
         assert violations(batch, backend="aten") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("popularity", POPULARITIES)
+@pytest.mark.parametrize("path", MULTI_PATHS)
+def test_the_full_cross_product(path, popularity, force, device):
+    force(path)
+    for (M, N, K), ranks, order, dtype in product(SIZES, RANKS, ORDERS, DTYPES):
+        if possible(M, N, K, ranks, popularity, order, dtype, path):
+            ids = make_ids(popularity, order, M, len(ranks))
+            batch = make_batch(M, N, K, ranks, dtype, ids, device)
+            assert violations(batch, backend="triton") == [], (M, N, K, ranks, order, dtype)
 
 
 @kernels
@@ -211,17 +225,24 @@ def test_fp32_adapters_on_a_16_bit_base(path, force, device):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("which", ("x", "dy"))
 @pytest.mark.parametrize("backend", ("triton", "aten"))
-def test_a_token_that_is_not_finite_spoils_its_own_rows_alone(backend, device):
-    ids = make_ids("distinct", "shuffled", 33, 3)
-    batch = make_batch(33, 56, 72, (8, 16, 33), FP32, ids, device)
+def test_a_token_that_is_not_finite_spoils_its_own_rows_alone(which, backend, device):
+    """And, in the kernels, gradients of adapters in the same 128 ranks."""
+    ids = make_ids("distinct", "shuffled", 33, 16)
+    batch = make_batch(33, 24, 40, (16,) * 16, FP32, ids, device)
     clean = fused(batch, backend=backend)
-    batch.x[5, 3] = torch.inf
+    getattr(batch, which)[5, 3] = torch.inf
     spoilt = fused(batch, backend=backend)
     others = torch.arange(33, device=device) != 5
-    assert torch.equal(spoilt["y"][others], clean["y"][others])
-    assert not spoilt["y"][5].isfinite().all()
-    assert torch.equal(spoilt["dx"], clean["dx"])
+    for name in ("y", "dx"):
+        assert torch.equal(spoilt[name][others], clean[name][others])
+    own, untouched = ("y", "dx") if which == "x" else ("dx", "y")
+    assert not spoilt[own][5].isfinite().all()
+    assert torch.equal(spoilt[untouched], clean[untouched])
+    for far in [g for g in range(16) if g // 8 != ids[5] // 8 and backend == "triton"]:
+        for name in (f"dA {far}", f"dB {far}"):
+            assert torch.equal(spoilt[name], clean[name])
 
 
 def test_gradcheck_on_aten_in_fp64(device):

@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from multi_cases import make_batch, make_pack
+from multi_cases import fused, make_batch, make_pack
 from shapes import BF16, FP32
 
 from fused_lora import AdapterPack, lora_linear, multi_lora_linear, ops
@@ -89,13 +89,20 @@ def test_memory_is_what_the_storage_takes():
     assert "a (r=17)" in repr(pack) and "MiB" in repr(pack)
 
 
+def test_an_adapter_may_be_replaced_by_a_part_of_itself():
+    pack = AdapterPack(K, N, total_rank=32)
+    A, B = factors(20)
+    pack.add("a", A, B)
+    pack.replace("a", pack.lora_A[4:20], pack.lora_B[:, 4:20])
+    assert all(map(torch.equal, pack.factors("a"), (A[4:], B[:, 4:])))
+
+
 REFUSED = {
     "not finite": (lambda A, B: (A, B * torch.inf), "not finite"),
     "NaN": (lambda A, B: (A.fill_(torch.nan), B), "not finite"),
     "of another layer": (lambda A, B: (A[:, 1:], B), "another size"),
     "of two ranks": (lambda A, B: (A[1:], B), "must be lora_A"),
     "too large": (lambda A, B: factors(49), "columns, 32 of 48 are free"),
-    "of rank 0": (lambda A, B: (A[:0], B[:, :0]), "r at least 1"),
 }
 
 
@@ -113,6 +120,29 @@ def test_an_adapter_that_is_refused_leaves_the_pack_as_it_was(what):
     assert pack.names == ["a"]
     assert all(map(torch.equal, pack.parameters(), before.parameters()))
     assert all(map(torch.equal, pack.buffers(), before.buffers()))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+@pytest.mark.parametrize("adapters", (2, 33))  # 33 * 16: where the kernels look up windows
+def test_an_adapter_of_rank_0_takes_no_columns_and_its_tokens_take_the_base(
+    adapters, backend, device
+):
+    ids = torch.full((80,), adapters, dtype=torch.int32)
+    ids[40::3] = adapters - 1
+    batch = make_batch(80, N, K, (16,) * adapters, FP32, ids, device)
+    pack = make_pack(batch, spare=16)
+    nothing = torch.ones(0, K), torch.ones(N, 0)
+    pack.add("nothing", *factors(9))
+    pack.replace("nothing", *nothing)
+    assert pack.id("nothing") == adapters and pack.rank("nothing") == 0
+    assert pack.window[adapters].tolist() == [pack.total_rank, 0]  # narrows no tile's window
+    free = 16 * (K + N) * 4
+    assert pack.memory()["free"] == free and not pack.owner.eq(adapters).any()
+    ours = fused(batch, pack, backend=backend)
+    batch.ids[batch.ids == adapters] = -1
+    base = fused(batch, pack, backend=backend)
+    assert all(torch.equal(ours[name], base[name]) for name in base)
 
 
 def test_names_and_room_are_checked():
