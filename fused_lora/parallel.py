@@ -1,5 +1,6 @@
 """Tensor parallelism: styles for torch's `parallelize_module` that split a FusedLoRALinear over a
-mesh; every rank runs the fused kernels on its own shards."""
+mesh; every rank runs the fused kernels on its own shards. Where the mesh does not divide a size,
+torch 2.11 hands the gradient of a factor split by columns back whole, by one more collective."""
 
 from __future__ import annotations
 
