@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from fused_lora.targets import match_pattern
+from fused_lora.expressions import Expression
+from fused_lora.targets import is_name, match_pattern
 
 CONFIG_FILE = "adapter_config.json"
-# (a+)+ or (a|b)*: what makes an expression of a hostile file run for ever
-_REPEATED_GROUP = re.compile(r"\([^()]*[*+}|][^()]*\)+\s*[*+{]")
 LARGEST_CONFIG = 16 << 20  # bytes; a list of every layer of a large model is far below
 # fields that say nothing about what the adapter computes
 _SILENT = {
@@ -44,10 +43,11 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
 
     def rank(self, path: str) -> int:
-        return self.rank_pattern.get(match_pattern(self.rank_pattern, path) or "", self.r)
+        key = match_pattern(self.rank_pattern, path, _fits_end)
+        return self.rank_pattern.get(key or "", self.r)
 
     def alpha(self, path: str) -> float:
-        key = match_pattern(self.alpha_pattern, path)
+        key = match_pattern(self.alpha_pattern, path, _fits_end)
         return self.alpha_pattern.get(key or "", self.lora_alpha)
 
     def scaling(self, path: str) -> float:
@@ -99,14 +99,26 @@ class AdapterConfig:
             _check(name, value)
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in known.get(name) or {}:
-                if _REPEATED_GROUP.search(pattern):
+                try:
+                    if not is_name(pattern):
+                        _expression(pattern)
+                except ValueError as error:
                     raise ValueError(
-                        f"{CONFIG_FILE}: {name} has {_short(pattern)}, which repeats a group of "
-                        "repetitions or choices: matching it may never end; write it plainly"
-                    )
+                        f"{CONFIG_FILE}: {name} has {_short(pattern)}: {error}"
+                    ) from error
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
         return cls(**known)
+
+
+_expression = lru_cache(4096)(Expression)
+
+
+def _fits_end(pattern: str, path: str) -> bool:
+    try:
+        return _expression(pattern).fits_end(path)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_FILE}: {_short(pattern)}: {error}") from error
 
 
 def _check(name: str, value: Any) -> None:

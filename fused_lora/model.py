@@ -169,10 +169,16 @@ def merge_adapter(
     model: nn.Module, keep_base: bool | Literal["cpu"] = True, *, requantise: bool = False
 ) -> None:
     """Merge every LoRA layer, as `FusedLoRALinear.merge` does. A quantised base is merged only with
-    requantise=True: its sum with the adapter is rounded to the few levels it has. Raises
-    RuntimeError if a layer is merged already, not initialised, or quantised and not to be, or not
-    able to be, quantised anew; then nothing is merged."""
+    requantise=True: its sum with the adapter is rounded to the few levels it has; plain bases
+    beside it are merged as ever. Raises RuntimeError if a layer is merged already, not initialised,
+    or quantised and not to be, or not able to be, quantised anew, ValueError for requantise=True
+    where no base is quantised; then nothing is merged."""
     layers = require_layers(model)
+    quantised = {path for path, m in layers.items() if isinstance(m, QuantizedLoRALinear)}
+    if requantise and not quantised:
+        raise ValueError(
+            f"requantise=True is for quantised bases, {type(model).__name__} has none: leave it out"
+        )
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
@@ -183,8 +189,8 @@ def merge_adapter(
         if reason is not None:
             raise RuntimeError(f"{path}: {reason}")
     with all_or_nothing(layers.values()):
-        for layer in layers.values():
-            layer.merge(keep_base, requantise)
+        for path, layer in layers.items():
+            layer.merge(keep_base, requantise and path in quantised)
 
 
 def unmerge_adapter(model: nn.Module) -> None:

@@ -5,17 +5,37 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+_NAME = re.compile(r"[\w.-]+")
 
-def match_pattern(patterns: Iterable[str], path: str) -> str | None:
+
+def match_pattern(
+    patterns: Iterable[str], path: str, fits_end: Callable[[str, str], bool] | None = None
+) -> str | None:
     """The first of `patterns` that fits the end of `path` at a dot, None if none does (PEFT's rule
-    for rank_pattern and alpha_pattern). Raises ValueError for one that is no expression."""
+    for rank_pattern and alpha_pattern). Raises ValueError for one that is no expression.
+    fits_end(pattern, path): what matches those that are more than names, `re` by default."""
+    fits_end = fits_end or (lambda pattern, path: _match(rf"(.*\.)?({pattern})", path))
     for pattern in patterns:
-        if path == pattern or path.endswith(f".{pattern}") or _match(rf"(.*\.)?({pattern})", path):
+        if path == pattern or path.endswith(f".{pattern}"):
+            return pattern
+        if _names_end(pattern, path) if is_name(pattern) else fits_end(pattern, path):
             return pattern
     return None
+
+
+def is_name(pattern: str) -> bool:
+    """Whether an expression is a name, or names and dots, which stand for any character."""
+    return _NAME.fullmatch(pattern) is not None
+
+
+def _names_end(name: str, path: str) -> bool:
+    start = len(path) - len(name)
+    if start < 0 or (start > 0 and path[start - 1] != "."):
+        return False
+    return all(a in (b, ".") for a, b in zip(name, path[start:], strict=True))
 
 
 def named(names: str | Sequence[str], path: str) -> bool:

@@ -196,6 +196,18 @@ def test_a_requantised_merge_is_the_quantised_sum_and_is_undone_exactly(kind, ke
     assert layer.base_layer is base and torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_plain_layers_beside_quantised_ones_are_merged_with_them(kind):
+    model = nn.Sequential(base_layer(kind), nn.Linear(N, K))
+    plain = model[1].weight
+    fused_lora.apply_lora(model, r=R, lora_alpha=6, init_lora_weights=False)
+    delta = model[1].delta_weight()
+    fused_lora.merge_adapter(model, requantise=True)
+    assert model[0].merged and torch.equal(model[1].weight, plain + delta)
+    fused_lora.unmerge_adapter(model)
+    assert model[1].weight is plain
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_adapter_files_fit_quantised_and_plain_bases_alike(kind, tmp_path):
     pytest.importorskip("safetensors")
