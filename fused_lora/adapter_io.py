@@ -25,11 +25,13 @@ from fused_lora.model import (
     bias_parameters,
     clean_path,
     find_targets,
+    holds_peft_layers,
     lora_layers,
     module_places,
     require_layers,
+    unwrapped,
 )
-from fused_lora.targets import describe_targets, describe_values, named
+from fused_lora.targets import describe_targets, describe_values, layer_index, named
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -103,11 +105,14 @@ def load_adapter(
 
     Only safetensors are read, never pickle. Raises FileNotFoundError without files, ValueError,
     naming key or field, for a file that is broken, does not fit the model or asks for what this
-    library does not compute, RuntimeError if merge(keep_base=False) let a base weight go. Then the
-    model is exactly as it was.
+    library does not compute, RuntimeError if merge(keep_base=False) let a base weight go or the
+    layers are sharded. Then the model is exactly as it was.
     """
+    given, model = model, unwrapped(model)
     adapter = read_adapter(_folder(directory, name))
     layers, replacement = lora_layers(model), None
+    if not layers and holds_peft_layers(model):
+        require_layers(model)  # raises, and says what to do with those
     if not layers:
         _check_targets(model, adapter)
     else:
@@ -121,6 +126,11 @@ def load_adapter(
         replacement = Replacement(model, options)
         layers = replacement.layers
     for path, layer in layers.items():
+        if type(layer.lora_A).__name__ == "DTensor":
+            raise RuntimeError(
+                f"{path} is sharded: load an adapter before fully_shard or parallelize_module, or "
+                "its tensors by torch.distributed.checkpoint.state_dict"
+            )
         _check_factors(path, layer, *adapter.factors[path])
         if not layer.has_base:
             raise RuntimeError(
@@ -138,7 +148,7 @@ def load_adapter(
             )
     if replacement is not None:
         replacement.commit()
-    return model
+    return given
 
 
 def read_adapter(directory: Path) -> Adapter:
@@ -218,8 +228,12 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
     _check_same("modules of the model", places & given, given)
     if isinstance(config.target_modules, list) and not isinstance(config.exclude_modules, str):
         first = {where[0].path for where in module_places(model).values()}
-        if given <= first:
+        if given <= first and not config.layers_pattern:
             targets = find_targets(model, config.target_modules, config.exclude_modules)
+            if config.layers_to_transform not in (None, []):
+                chosen = config.layers_to_transform
+                chosen = chosen if isinstance(chosen, list) else [chosen]
+                targets = [path for path in targets if layer_index(path) in chosen]
             _check_same(f"target_modules of {CONFIG_FILE}", set(targets), given)
 
 
@@ -298,13 +312,18 @@ def _written(model: nn.Module, extras: dict[str, Tensor]) -> Iterator[None]:
 
 
 def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | None) -> Adapter:
+    model = unwrapped(model)
     layers = require_layers(model)
     for path, layer in layers.items():
         for letter in "AB":
-            factor = getattr(layer, f"lora_{letter}")
-            if type(factor).__name__ == "DTensor" or not layer.adapters_ready:
-                state = "is sharded: gather it" if layer.adapters_ready else "is not initialised"
-                raise ValueError(f"{path}.lora_{letter} {state}: there is nothing to save yet")
+            if not layer.adapters_ready:
+                raise ValueError(f"{path}.lora_{letter} is not initialised: nothing to save yet")
+            if type(getattr(layer, f"lora_{letter}")).__name__ == "DTensor":
+                raise ValueError(
+                    f"{path}.lora_{letter} is sharded: gather the state_dict (full_state_dict=True "
+                    "of torch.distributed.checkpoint.state_dict), load it into the model on one "
+                    "process and save that"
+                )
     biases = bias_parameters(model, bias)
     extras: dict[str, Tensor] = {_own_key(key): value for key, value in biases.items()}
     for name in modules_to_save or ():
@@ -342,7 +361,6 @@ def _config_of(
     alpha, alpha_pattern = describe_values(alphas)
     dropouts = Counter(layer.lora_dropout for layer in layers.values())
     paths = [where[0].path for where in module_places(model).values()]
-    inner: Any = getattr(model, "_orig_mod", model)
     return AdapterConfig(
         r=r,
         lora_alpha=alpha,
@@ -354,8 +372,8 @@ def _config_of(
         modules_to_save=list(modules_to_save) if modules_to_save else None,
         rank_pattern=ranks,
         alpha_pattern=alpha_pattern,
-        task_type="CAUSAL_LM" if type(inner).__name__.endswith("ForCausalLM") else None,
-        base_model_name_or_path=getattr(getattr(inner, "config", None), "_name_or_path", None),
+        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", None),
     )
 
 

@@ -6,7 +6,6 @@ over y or dX, which is what makes the three-operation form slow.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -130,7 +129,7 @@ def adapter_gradients(
 
 def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float, out: Tensor) -> None:
     """out = scale * keep_scale * a b, the host factor folded into the product."""
-    torch.addmm(out, a, b, beta=0, alpha=scale.value * keep_scale, out=out)
+    out.addmm_(a, b, beta=0, alpha=scale.value * keep_scale)
     if scale.tensor is not None:
         out.mul_(scale.tensor)
 

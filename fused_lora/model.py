@@ -110,7 +110,7 @@ def apply_lora(
     for path in targets:
         rank = ranks.get(match_pattern(ranks, path) or "", r)
         alpha = alphas.get(match_pattern(alphas, path) or "", lora_alpha)
-        check_adapter_options(r=rank, **common)  # type: ignore[arg-type]
+        check_adapter_options(r=rank, lora_alpha=alpha, **common)  # type: ignore[arg-type]
         options[path] = {"r": rank, "lora_alpha": alpha, "use_rslora": use_rslora, **common}
     Replacement(model, options).commit()
     return model
@@ -244,10 +244,30 @@ def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """`lora_layers`, raising ValueError if there are none."""
     layers = lora_layers(model)
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} holds no LoRA layer: call apply_lora or load_adapter first"
-        )
+        remedy = "call apply_lora or load_adapter first"
+        if holds_peft_layers(model):
+            remedy = (
+                "its adapters are PEFT's, which saves, merges and switches them itself; "
+                "fused_lora.integrations.peft.patch runs them fused"
+            )
+        raise ValueError(f"{type(model).__name__} holds no LoRA layer: {remedy}")
     return layers
+
+
+def holds_peft_layers(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and any(isinstance(m, peft.BaseTunerLayer) for m in model.modules())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what data parallelism and torch.compile put around it."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:
@@ -290,7 +310,7 @@ def find_targets(
     if not found:
         linears = [where[0].path for m, where in places.items() if _is_linear(m)]
         raise ValueError(
-            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) fits no "
+            f"target_modules={_brief(target_modules)} (exclude_modules={_brief(excluded)}) fits no "
             f"module of {type(model).__name__}: a list holds ends of paths, a string is a regular "
             f"expression for a whole path; its linear layers are {_some(linears) or 'none'}"
         )
@@ -398,6 +418,11 @@ def _require_kept_base(layers: Mapping[str, LoRALayer], what: str) -> None:
 def _size(parameter: nn.Parameter) -> int:
     packed: Any = getattr(parameter, "quant_state", None)  # 4-bit weights of bitsandbytes
     return parameter.numel() if packed is None else packed.shape.numel()
+
+
+def _brief(names: str | Sequence[str]) -> str:
+    text = repr(names)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _some(paths: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-_NAME = re.compile(r"[\w.-]+")
+_NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
 
 
 def match_pattern(
@@ -27,15 +27,17 @@ def match_pattern(
 
 
 def is_name(pattern: str) -> bool:
-    """Whether an expression is a name, or names and dots, which stand for any character."""
+    """Whether an expression is names and dots, with or without a backslash, and perhaps ^."""
     return _NAME.fullmatch(pattern) is not None
 
 
 def _names_end(name: str, path: str) -> bool:
-    start = len(path) - len(name)
-    if start < 0 or (start > 0 and path[start - 1] != "."):
+    characters = re.findall(r"\\?.", name.removeprefix("^"))
+    start = len(path) - len(characters)
+    if start < 0 or (start > 0 and (name[0] == "^" or path[start - 1] != ".")):
         return False
-    return all(a in (b, ".") for a, b in zip(name, path[start:], strict=True))
+    # a dot stands for any character
+    return all(c in (".", p, "\\" + p) for c, p in zip(characters, path[start:], strict=True))
 
 
 def named(names: str | Sequence[str], path: str) -> bool:
@@ -43,6 +45,13 @@ def named(names: str | Sequence[str], path: str) -> bool:
     if isinstance(names, str):
         return _match(names, path)
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def layer_index(path: str) -> int | None:
+    """The number of the layer that `path` is in, None if it is in none: PEFT's rule for
+    layers_to_transform."""
+    found = re.match(r".*\.[^.]*\.(\d+)\.", path)
+    return None if found is None else int(found[1])
 
 
 def describe_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:

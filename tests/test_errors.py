@@ -195,6 +195,10 @@ OPTIONS = {
     "r fractional": ({"r": 2.5}, ValueError, "r must be an integer of at least 1: got 2.5"),
     "r a flag": ({"r": True}, ValueError, "r must be an integer of at least 1: got True"),
     **{
+        f"alpha {alpha}": ({"lora_alpha": alpha}, ValueError, f"a finite number: got {alpha!r}")
+        for alpha in ("16", None, math.nan, math.inf)
+    },
+    **{
         f"dropout {p}": ({"lora_dropout": p}, ValueError, f"must be in [0, 1): got {p}")
         for p in (-0.1, 1.0, math.nan)
     },

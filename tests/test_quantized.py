@@ -254,6 +254,12 @@ def test_explain_names_the_quantisation_and_the_path(kind):
     assert repr(model[0]).startswith("QuantizedLoRALinear(\n  in_features=64, out_features=48,")
 
 
+def test_explain_speaks_of_the_dtype_that_a_4_bit_layer_computes_in():
+    model, _ = adapted("nf4", torch.bfloat16, adapter_dtype=torch.float32)
+    assert model[0].path(inputs(dtype=torch.bfloat16)) == "dequantise"
+    assert UNPACKED in fused_lora.explain(model)
+
+
 def test_a_packed_weight_counts_as_what_it_stands_for(capsys):
     model, _ = adapted("nf4")
     assert fused_lora.trainable_parameters(model) == (R * (K + N), R * (K + N) + K * N + N)
