@@ -280,13 +280,9 @@ def test_compiled_code_says_why_triton_cannot_run(dropout):
         compile_(layer)(x)
 
 
-@pytest.mark.parametrize("trainable", [True, False])
-def test_an_exported_layer_computes_what_it_does(trainable):
-    layer, x = make("aten", "cpu").requires_grad_(trainable), torch.randn(7, 33)
-    rows = torch.export.Dim("rows", min=2)
-    exported = torch.export.export(layer, (x,), dynamic_shapes=[{0: rows}]).module()
-    x = torch.randn(11, 33)
-    torch.testing.assert_close(exported(x), layer(x))
+def test_an_exported_layer_computes_what_it_does():
+    layer, x = make("aten", "cpu"), torch.randn(7, 33)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
 @pytest.mark.parametrize("trainable", [True, False])
