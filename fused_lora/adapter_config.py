@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fused_lora.targets import match_pattern
+from fused_lora.targets import is_name, match_pattern
 
 CONFIG_FILE = "adapter_config.json"
-# (a+)+ or (a|b)*: what makes an expression of a hostile file run for ever
-_REPEATED_GROUP = re.compile(r"\([^()]*[*+}|][^()]*\)+\s*[*+{]")
 LARGEST_CONFIG = 16 << 20  # bytes; a list of every layer of a large model is far below
 # fields that say nothing about what the adapter computes
 _SILENT = {
     *("auto_mapping", "peft_version", "revision", "inference_mode", "init_lora_weights"),
-    *("layers_to_transform", "layers_pattern", "megatron_config", "megatron_core"),
-    *("qalora_group_size", "ensure_weight_tying", "runtime_config", "low_cpu_mem_usage"),
+    *("megatron_config", "megatron_core", "low_cpu_mem_usage", "runtime_config"),
+    *("qalora_group_size", "ensure_weight_tying", "eva_config", "lora_ga_config"),
+    *("corda_config", "loftq_config"),
 }
 # initialisations that leave the base weight as it was
-_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+MOST_EXPRESSIONS = 256
+"""In rank_pattern and alpha_pattern each; of plain names, as PEFT writes them, any number."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class AdapterConfig:
     lora_alpha: float
     target_modules: str | Sequence[str] | None = None
     exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
     lora_dropout: float | None = None
     use_rslora: bool = False
     bias: str = "none"
@@ -45,7 +47,8 @@ class AdapterConfig:
     base_model_name_or_path: str | None = None
 
     def rank(self, path: str) -> int:
-        return self.rank_pattern.get(match_pattern(self.rank_pattern, path) or "", self.r)
+        key = match_pattern(self.rank_pattern, path)
+        return self.rank_pattern.get(key or "", self.r)
 
     def alpha(self, path: str) -> float:
         key = match_pattern(self.alpha_pattern, path)
@@ -99,12 +102,17 @@ class AdapterConfig:
         for name, value in known.items():
             _check(name, value)
         for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in known.get(name) or {}:
-                if _REPEATED_GROUP.search(pattern):
-                    raise ValueError(
-                        f"{CONFIG_FILE}: {name} has {_short(pattern)}, which repeats a group of "
-                        "repetitions or choices: matching it may never end; write it plainly"
-                    )
+            expressions = [p for p in known.get(name) or {} if not is_name(p)]
+            if len(expressions) > MOST_EXPRESSIONS:
+                raise ValueError(
+                    f"{CONFIG_FILE}: {name} has {len(expressions)} expressions, at most "
+                    f"{MOST_EXPRESSIONS} are read: give the names of layers"
+                )
+            for pattern in expressions:
+                try:
+                    match_pattern([pattern], "")
+                except ValueError as error:
+                    raise ValueError(f"{CONFIG_FILE}: {name}: {error}") from error
         for name in ("rank_pattern", "alpha_pattern"):
             known[name] = known.get(name) or {}
         return cls(**known)
@@ -120,6 +128,8 @@ def _check(name: str, value: Any) -> None:
         "bias": ("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
         "target_modules": ("a string or a list of strings", _is_names),
         "exclude_modules": ("a string or a list of strings", _is_names),
+        "layers_to_transform": ("an integer or a list of integers", _is_indices),
+        "layers_pattern": ("a string or a list of strings", _is_names),
         "modules_to_save": ("a list of strings", lambda v: v is None or _is_list(v)),
         "rank_pattern": ("{name: integer of at least 1}", lambda v: _is_pattern(v, _is_rank)),
         "alpha_pattern": (
@@ -152,6 +162,12 @@ def _is_list(value: Any) -> bool:
 
 def _is_names(value: Any) -> bool:
     return value is None or isinstance(value, str) or _is_list(value)
+
+
+def _is_indices(value: Any) -> bool:
+    return value is None or all(
+        isinstance(index, int) for index in (value if isinstance(value, list) else [value])
+    )
 
 
 def _is_pattern(value: Any, fits: Any) -> bool:

@@ -31,7 +31,9 @@ from fused_lora.model import (
     Bias,
     all_or_nothing,
     bias_parameters,
+    holds_peft_layers,
     require_layers,
+    unwrapped,
 )
 from fused_lora.multi import MultiLoRALinear
 from fused_lora.packs import put_adapter
@@ -43,7 +45,7 @@ from fused_lora.places import (
     module_places,
     pack_layers,
 )
-from fused_lora.targets import describe_targets, describe_values, named
+from fused_lora.targets import describe_targets, describe_values, layer_index, named
 
 _ORIGINALS = "_fused_lora_originals"
 
@@ -66,6 +68,7 @@ def save_adapter(
     ValueError for non-finite or uninitialised adapters, unknown modules or no LoRA layer, KeyError
     for an adapter that the packs do not hold.
     """
+    model = unwrapped(model)
     packs = pack_layers(model)
     if packs and (bias != "none" or modules_to_save):
         raise ValueError(
@@ -97,17 +100,20 @@ def load_adapter(
 
     Only safetensors are read, never pickle. Raises FileNotFoundError without files, ValueError,
     naming key or field, for a file that is broken, does not fit the model or asks for what this
-    library does not compute, RuntimeError if merge(keep_base=False) let a base weight go. Then the
-    model is exactly as it was.
+    library does not compute, RuntimeError if merge(keep_base=False) let a base weight go or the
+    layers are sharded. Then the model is exactly as it was.
     """
+    given, model = model, unwrapped(model)
     packs = pack_layers(model)
     folder = adapter_folder(directory, name)
     if packs:
         adapter = read_adapter(folder if folder.is_dir() else Path(directory))
         put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))
-        return model
+        return given
     adapter = read_adapter(folder)
     layers, replacement = lora_layers(model), None
+    if not layers and holds_peft_layers(model):
+        require_layers(model)  # raises, and says what to do with those
     if not layers:
         _check_targets(model, adapter)
     else:
@@ -121,6 +127,11 @@ def load_adapter(
         replacement = Replacement(model, options)
         layers = replacement.layers
     for path, layer in layers.items():
+        if type(layer.lora_A).__name__ == "DTensor":
+            raise RuntimeError(
+                f"{path} is sharded: load an adapter before fully_shard or parallelize_module, or "
+                "its tensors by torch.distributed.checkpoint.state_dict"
+            )
         _check_factors(path, layer, *adapter.factors[path])
         if not layer.has_base:
             raise RuntimeError(
@@ -138,7 +149,7 @@ def load_adapter(
             )
     if replacement is not None:
         replacement.commit()
-    return model
+    return given
 
 
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:
@@ -149,8 +160,12 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
     check_same("modules of the model", places & given, given)
     if isinstance(config.target_modules, list) and not isinstance(config.exclude_modules, str):
         first = {where[0].path for where in module_places(model).values()}
-        if given <= first:
+        if given <= first and not config.layers_pattern:
             targets = find_targets(model, config.target_modules, config.exclude_modules)
+            if config.layers_to_transform not in (None, []):
+                chosen = config.layers_to_transform
+                chosen = chosen if isinstance(chosen, list) else [chosen]
+                targets = [path for path in targets if layer_index(path) in chosen]
             check_same(f"target_modules of {CONFIG_FILE}", set(targets), given)
 
 
@@ -219,10 +234,14 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
     layers = require_layers(model)
     for path, layer in layers.items():
         for letter in "AB":
-            factor = getattr(layer, f"lora_{letter}")
-            if type(factor).__name__ == "DTensor" or not layer.adapters_ready:
-                state = "is sharded: gather it" if layer.adapters_ready else "is not initialised"
-                raise ValueError(f"{path}.lora_{letter} {state}: there is nothing to save yet")
+            if not layer.adapters_ready:
+                raise ValueError(f"{path}.lora_{letter} is not initialised: nothing to save yet")
+            if type(getattr(layer, f"lora_{letter}")).__name__ == "DTensor":
+                raise ValueError(
+                    f"{path}.lora_{letter} is sharded: gather the state_dict (full_state_dict=True "
+                    "of torch.distributed.checkpoint.state_dict), load it into the model on one "
+                    "process and save that"
+                )
     biases = bias_parameters(model, bias)
     extras: dict[str, Tensor] = {own_key(key): value for key, value in biases.items()}
     for name in modules_to_save or ():
@@ -287,7 +306,6 @@ def _config_of(
     alpha, alpha_pattern = describe_values(alphas)
     dropouts = Counter(layer.lora_dropout for layer in layers.values())
     paths = [where[0].path for where in module_places(model).values()]
-    inner: Any = getattr(model, "_orig_mod", model)
     return AdapterConfig(
         r=r,
         lora_alpha=alpha,
@@ -296,8 +314,8 @@ def _config_of(
         fan_in_fan_out=all(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        task_type="CAUSAL_LM" if type(inner).__name__.endswith("ForCausalLM") else None,
-        base_model_name_or_path=getattr(getattr(inner, "config", None), "_name_or_path", None),
+        task_type="CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", None),
         **fields,
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fused_lora import ops
 from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
+from fused_lora.model import holds_peft_layers
 from fused_lora.multi import MultiLoRALinear
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
@@ -29,9 +30,10 @@ def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
         if isinstance(module, LoRALayer | MultiLoRALinear)
     ]
     if not layers:
-        raise ValueError(
-            f"{type(model_or_layer).__name__} holds no LoRA layer: there is nothing to explain"
-        )
+        hint = "there is nothing to explain"
+        if holds_peft_layers(model_or_layer):
+            hint = "its adapters are PEFT's, which fused_lora.integrations.peft.explain explains"
+        raise ValueError(f"{type(model_or_layer).__name__} holds no LoRA layer: {hint}")
     return "\n".join(
         _explain_layer(name, layer, x)
         if isinstance(layer, FusedLoRALinear | MultiLoRALinear)
@@ -49,6 +51,9 @@ def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
     if layer.merged:
         return f"{title}\n  merged: the base's own product, nothing to add"
     given = layer.lora_A if x is None else x
+    computed = getattr(base, "compute_dtype", None)  # of 4-bit layers
+    if x is None and computed is not None:
+        given = given.to(computed)
     rows = given.new_empty((1, layer.in_features)).expand(DEFAULT_TOKENS, -1)
     unable = ops.why_not_triton(rows)
     if layer.backend == "triton" and unable is not None:

@@ -16,6 +16,7 @@ from fused_lora.adapter_config import AdapterConfig
 from fused_lora.adapter_files import Adapter, read_adapter
 from fused_lora.adapter_io import adapter_of
 from fused_lora.atomic import write_directory
+from fused_lora.model import unwrapped
 from fused_lora.places import module_places
 
 Server = Literal["vllm", "sglang", "peft"]
@@ -47,7 +48,7 @@ def export_adapter(
         raise ValueError(f"for_ must be 'vllm', 'sglang' or 'peft': got {for_!r}")
     model = model_or_directory if isinstance(model_or_directory, nn.Module) else None
     if isinstance(model_or_directory, nn.Module):
-        adapter = adapter_of(model_or_directory, "none", None)
+        adapter = adapter_of(unwrapped(model_or_directory), "none", None)
     else:
         adapter = read_adapter(Path(model_or_directory))
     if for_ != "peft":

@@ -4,6 +4,7 @@ its switch. `FusedLoRALinear` keeps a plain weight, `QuantizedLoRALinear` a quan
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,7 @@ class LoRALayer(nn.Module):
         """Check the options and make room for the adapter; `dtype` is adapter_dtype's default."""
         check_adapter_options(
             r=r,
+            lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
             init_lora_weights=init_lora_weights,
             adapter_dtype=adapter_dtype,
@@ -90,6 +92,12 @@ class LoRALayer(nn.Module):
             return "the layer is merged already: call unmerge() before merging again"
         if not self.adapters_ready:
             return "lora_A and lora_B are not initialised: there is nothing to merge"
+        if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
+            return (
+                "FSDP holds the base weight and would put the unmerged one back: gather the "
+                "state_dict (full_state_dict=True of torch.distributed.checkpoint.state_dict) into "
+                "a model on one process and merge that"
+            )
         return None
 
     def merge(self, keep_base: bool | Literal["cpu"] = True, requantise: bool = False) -> LoRALayer:
@@ -118,9 +126,14 @@ class LoRALayer(nn.Module):
         the dtype and on the device of its own. The Parameters stay the same objects if the rank
         does. lora_dropout None keeps the layer's. A merged layer is merged with the new adapter
         afterwards. Raises ValueError for shapes that do not fit, RuntimeError if the base weight
-        was let go."""
+        was let go or the layer is sharded."""
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before set_adapter()")
+        if type(self.lora_A).__name__ == "DTensor":
+            raise RuntimeError(
+                "lora_A and lora_B are sharded: set an adapter before fully_shard or "
+                "parallelize_module, or load it by torch.distributed.checkpoint.state_dict"
+            )
         r = lora_A.shape[0] if lora_A.dim() == 2 else 0
         expected = ((r, self.in_features), (self.out_features, r))
         if r < 1 or (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
@@ -165,7 +178,8 @@ class LoRALayer(nn.Module):
         if not self.adapters_ready:
             raise RuntimeError(
                 "lora_A and lora_B are not initialised (the layer was built on the meta device or "
-                "emptied): call reset_lora_parameters() or load a state_dict with both of them"
+                "emptied): call reset_lora_parameters() or load a state_dict with both of them "
+                "(where something else has filled them, set adapters_ready = True)"
             )
 
     def extra_repr(self) -> str:
@@ -203,6 +217,7 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: InitLoRA) -> None:
 def check_adapter_options(
     *,
     r: int,
+    lora_alpha: float = 1.0,
     lora_dropout: float = 0.0,
     init_lora_weights: InitLoRA = True,
     adapter_dtype: torch.dtype | None = None,
@@ -211,6 +226,8 @@ def check_adapter_options(
     """Raise ValueError or TypeError for an option that no layer can be made with."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r must be an integer of at least 1: got {r!r}")
+    if not isinstance(lora_alpha, numbers.Real) or not math.isfinite(lora_alpha):
+        raise ValueError(f"lora_alpha must be a finite number: got {lora_alpha!r}")
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
     if backend not in BACKENDS:

@@ -224,9 +224,14 @@ class FusedLoRALinear(LoRALayer):
 
         W0's storage is never written to: tied weights and the layer it came from stay as they are.
         keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU, False lets it go.
-        requantise is for quantised bases; there is nothing to quantise here.
-        Raises RuntimeError if already merged or if the adapters are not initialised.
+        Raises RuntimeError if already merged or if the adapters are not initialised, ValueError for
+        requantise=True, which is for quantised bases.
         """
+        if requantise:
+            raise ValueError(
+                "requantise=True is for quantised bases, this one is not quantised: call merge() "
+                "without it"
+            )
         reason = self.why_not_merge()
         if reason is not None:
             raise RuntimeError(reason)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from fused_lora.places import (
     pack_layers,
     some,
 )
+from fused_lora.quantized import QuantizedLoRALinear
 
 Bias = Literal["none", "all", "lora_only"]
 BIASES = ("none", "all", "lora_only")
@@ -178,10 +180,16 @@ def merge_adapter(
     model: nn.Module, keep_base: bool | Literal["cpu"] = True, *, requantise: bool = False
 ) -> None:
     """Merge every LoRA layer, as `FusedLoRALinear.merge` does. A quantised base is merged only with
-    requantise=True: its sum with the adapter is rounded to the few levels it has. Raises
-    RuntimeError if a layer is merged already, not initialised, or quantised and not to be, or not
-    able to be, quantised anew; then nothing is merged."""
+    requantise=True: its sum with the adapter is rounded to the few levels it has; plain bases
+    beside it are merged as ever. Raises RuntimeError if a layer is merged already, not initialised,
+    or quantised and not to be, or not able to be, quantised anew, ValueError for requantise=True
+    where no base is quantised; then nothing is merged."""
     layers = require_layers(model)
+    quantised = {path for path, m in layers.items() if isinstance(m, QuantizedLoRALinear)}
+    if requantise and not quantised:
+        raise ValueError(
+            f"requantise=True is for quantised bases, {type(model).__name__} has none: leave it out"
+        )
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise RuntimeError(
@@ -192,8 +200,8 @@ def merge_adapter(
         if reason is not None:
             raise RuntimeError(f"{path}: {reason}")
     with all_or_nothing(layers.values()):
-        for layer in layers.values():
-            layer.merge(keep_base, requantise)
+        for path, layer in layers.items():
+            layer.merge(keep_base, requantise and path in quantised)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -243,10 +251,30 @@ def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
             "add_adapter, load_adapter, save_adapter and delete_adapter are for them"
         )
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} holds no LoRA layer: call apply_lora or load_adapter first"
-        )
+        remedy = "call apply_lora or load_adapter first"
+        if holds_peft_layers(model):
+            remedy = (
+                "its adapters are PEFT's, which saves, merges and switches them itself; "
+                "fused_lora.integrations.peft.patch runs them fused"
+            )
+        raise ValueError(f"{type(model).__name__} holds no LoRA layer: {remedy}")
     return layers
+
+
+def holds_peft_layers(model: nn.Module) -> bool:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and any(isinstance(m, peft.BaseTunerLayer) for m in model.modules())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what data parallelism and torch.compile put around it."""
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:

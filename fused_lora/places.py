@@ -84,7 +84,7 @@ def find_targets(
     if not found:
         linears = [where[0].path for m, where in places.items() if _is_linear(m)]
         raise ValueError(
-            f"target_modules={target_modules!r} (exclude_modules={exclude_modules!r}) fits no "
+            f"target_modules={_brief(target_modules)} (exclude_modules={_brief(excluded)}) fits no "
             f"module of {type(model).__name__}: a list holds ends of paths, a string is a regular "
             f"expression for a whole path; its linear layers are {some(linears) or 'none'}"
         )
@@ -105,9 +105,7 @@ def checked_targets(
                 f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
             )
     for path in targets:
-        check_adapter_options(r=config.rank(path), **common)
-        if not isinstance(config.alpha(path), int | float):
-            raise ValueError(f"lora_alpha must be a number: got {config.alpha(path)!r}")
+        check_adapter_options(r=config.rank(path), lora_alpha=config.alpha(path), **common)
     return targets
 
 
@@ -210,6 +208,11 @@ def _why_not(
 
 def _requires_grad(module: nn.Module) -> list[bool]:
     return [parameter.requires_grad for parameter in module.parameters(recurse=False)]
+
+
+def _brief(names: str | Sequence[str]) -> str:
+    text = repr(names)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def some(paths: Sequence[str]) -> str:

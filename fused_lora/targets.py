@@ -8,14 +8,42 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+try:  # gives up on an expression that would run for ever; comes with the extra that reads files
+    import regex
+except ImportError:
+    regex = None
+
+LONGEST_MATCH = 0.25  # s; people's expressions take microseconds
+_NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
+
 
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first of `patterns` that fits the end of `path` at a dot, None if none does (PEFT's rule
-    for rank_pattern and alpha_pattern). Raises ValueError for one that is no expression."""
+    for rank_pattern and alpha_pattern). Raises ValueError for one that is no expression, or that
+    takes too long."""
     for pattern in patterns:
-        if path == pattern or path.endswith(f".{pattern}") or _match(rf"(.*\.)?({pattern})", path):
+        if path == pattern or path.endswith(f".{pattern}"):
+            return pattern
+        if is_name(pattern):
+            if _names_end(pattern, path):
+                return pattern
+        elif _match(pattern, path, r"(.*\.)?({})"):
             return pattern
     return None
+
+
+def is_name(pattern: str) -> bool:
+    """Whether an expression is names and dots, with or without a backslash, and perhaps ^."""
+    return _NAME.fullmatch(pattern) is not None
+
+
+def _names_end(name: str, path: str) -> bool:
+    characters = re.findall(r"\\?.", name.removeprefix("^"))
+    start = len(path) - len(characters)
+    if start < 0 or (start > 0 and (name[0] == "^" or path[start - 1] != ".")):
+        return False
+    # a dot stands for any character
+    return all(c in (".", p, "\\" + p) for c, p in zip(characters, path[start:], strict=True))
 
 
 def named(names: str | Sequence[str], path: str) -> bool:
@@ -23,6 +51,13 @@ def named(names: str | Sequence[str], path: str) -> bool:
     if isinstance(names, str):
         return _match(names, path)
     return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def layer_index(path: str) -> int | None:
+    """The number of the layer that `path` is in, None if it is in none: PEFT's rule for
+    layers_to_transform."""
+    found = re.match(r".*\.[^.]*\.(\d+)\.", path)
+    return None if found is None else int(found[1])
 
 
 def describe_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:
@@ -44,8 +79,16 @@ def describe_values(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     return default, pattern
 
 
-def _match(pattern: str, path: str) -> bool:
+def _match(pattern: str, path: str, around: str = "{}") -> bool:
+    whole = around.replace("{}", pattern)
     try:
-        return re.fullmatch(pattern, path) is not None
-    except (re.error, RecursionError, OverflowError) as error:
+        if regex is not None:
+            return regex.fullmatch(whole, path, timeout=LONGEST_MATCH) is not None
+        return re.fullmatch(whole, path) is not None
+    except TimeoutError:
+        raise ValueError(
+            f"{pattern!r} takes more than {LONGEST_MATCH} s to match {path!r}: write it without "
+            "repetitions of repetitions"
+        ) from None
+    except (re.error, getattr(regex, "error", re.error), RecursionError, OverflowError) as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from error

@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fused_lora import FusedLoRALinear
+from fused_lora import FusedLoRALinear, load_adapter, merge_adapter, save_adapter
 from fused_lora.parallel import ColwiseLoRAParallel, RowwiseLoRAParallel
 
 FULL = StateDictOptions(full_state_dict=True)
@@ -98,6 +99,39 @@ def a_layer_outside_of_fsdps_forward_is_refused():
         model.blocks[0].up(mine(data()[0][0]))
 
 
+def fsdp_refuses_to_merge_what_it_would_undo():
+    """Whether the parameters are shards, or whole as the root's are after a forward."""
+    for called in (False, True):
+        model, alone = twins()
+        fully_shard(model)
+        if called:
+            model(mine(data()[0][0]))
+        before = {name: whole(p).clone() for name, p in model.named_parameters()}
+        for merge in (lambda model=model: merge_adapter(model), model.blocks[0].up.merge):
+            with pytest.raises(RuntimeError, match=r"FSDP holds the base weight.*gather"):
+                merge()
+        assert not model.blocks[0].up.merged
+        assert_close(dict(model.named_parameters()), before)
+        x = data()[0][0]
+        torch.testing.assert_close(model(x), alone(x))
+
+
+def adapters_of_sharded_layers_are_not_exchanged():
+    model, _ = twins()
+    alone = {name: p.detach().clone() for name, p in model.named_parameters()}
+    shard(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(twins()[0], folder)
+        with pytest.raises(RuntimeError, match=r"blocks.0.up is sharded: load an adapter before"):
+            load_adapter(model, folder)
+    layer = model.blocks[0].up
+    with pytest.raises(RuntimeError, match="lora_A and lora_B are sharded: set an adapter before"):
+        layer.set_adapter(torch.zeros(3, layer.in_features), torch.zeros(22, 3), lora_alpha=1)
+    with pytest.raises(ValueError, match=r"blocks.0.up.lora_A is sharded: gather the state_dict"):
+        save_adapter(model, "nowhere")
+    assert_close(dict(model.named_parameters()), alone)
+
+
 def a_split_layer_merges_and_unmerges_in_shards():
     model, alone = tensor_parallel.twins()
     split(model)
@@ -152,6 +186,8 @@ TWO_RANKS = [
     fsdp_checkpoints_are_written_and_read_in_shards,
     fsdp_builds_on_the_meta_device_and_refuses_to_run_before_it_has_adapters,
     a_layer_outside_of_fsdps_forward_is_refused,
+    fsdp_refuses_to_merge_what_it_would_undo,
+    adapters_of_sharded_layers_are_not_exchanged,
     a_split_layer_merges_and_unmerges_in_shards,
     split_layers_start_from_the_first_ranks_adapters,
     a_meta_layer_is_split_then_filled,

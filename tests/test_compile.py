@@ -280,6 +280,11 @@ def test_compiled_code_says_why_triton_cannot_run(dropout):
         compile_(layer)(x)
 
 
+def test_an_exported_layer_computes_what_it_does():
+    layer, x = make("aten", "cpu"), torch.randn(7, 33)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_merged_layer_compiles_for_inference(trainable):
     layer = make("aten", "cpu").merge("cpu")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -198,6 +195,10 @@ OPTIONS = {
     "r fractional": ({"r": 2.5}, ValueError, "r must be an integer of at least 1: got 2.5"),
     "r a flag": ({"r": True}, ValueError, "r must be an integer of at least 1: got True"),
     **{
+        f"alpha {alpha}": ({"lora_alpha": alpha}, ValueError, f"a finite number: got {alpha!r}")
+        for alpha in ("16", None, math.nan, math.inf)
+    },
+    **{
         f"dropout {p}": ({"lora_dropout": p}, ValueError, f"must be in [0, 1): got {p}")
         for p in (-0.1, 1.0, math.nan)
     },
@@ -258,76 +259,8 @@ def test_merge_refuses_an_unknown_keep_base_and_stays_unmerged(keep_base):
     assert layer.weight is weight and not layer.merged
 
 
-# --- backend="triton" where it cannot run: other processes, since this one decided at import
-
-PRELUDE = """
-import sys
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "triton":
-            raise ModuleNotFoundError("No module named 'triton'", name="triton")
-"""
-
-CHECKS = """
-import torch, fused_lora
-from fused_lora import FusedLoRALinear, lora_linear, reference
-
-torch.manual_seed(0)
-for backend in ("auto", "aten"):
-    layer = FusedLoRALinear(33, 50, r=3, init_lora_weights=False, backend=backend)
-    x = torch.randn(7, 33)
-    tensors = layer.weight, layer.lora_A, layer.lora_B, layer.bias
-    y = layer(x)
-    torch.testing.assert_close(y, reference.lora_linear(x, *tensors, scaling=layer.scaling))
-    y.sum().backward()
-    assert layer.lora_A.grad.any() and layer.lora_B.grad.any()
-    assert "aten, 3 library products" in fused_lora.explain(layer)
-layer = FusedLoRALinear(33, 50, r=3, backend="triton", lora_dropout=0.5)
-state = torch.get_rng_state()
-for call in (lambda: layer(x), lambda: lora_linear(x, *tensors, backend="triton")):
-    try:
-        call()
-    except RuntimeError as error:
-        print("RAISED", error)
-assert "backend='triton' cannot run: " in fused_lora.explain(layer)
-assert torch.equal(torch.get_rng_state(), state)
-"""
-
-
-@pytest.mark.parametrize(
-    "prelude, reason, remedy",
-    [
-        pytest.param(
-            "",
-            "x is on cpu, the kernels run on a GPU",
-            "move the layer there, or use backend='aten' (for tests, TRITON_INTERPRET=1",
-            id="no GPU",
-        ),
-        pytest.param(
-            PRELUDE + "sys.meta_path.insert(0, Blocked())",
-            "triton cannot be imported (No module named 'triton')",
-            "install it (`pip install triton`, Linux only), or use backend='aten'",
-            id="no triton",
-        ),
-        pytest.param(
-            "import triton\ndel triton.knobs",
-            "triton cannot be imported (module 'triton' has no attribute 'knobs')",
-            "or use backend='aten'",
-            id="a triton that lacks what the kernels use",
-        ),
-    ],
-)
-def test_triton_where_it_cannot_run_says_why_and_aten_works(prelude, reason, remedy):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-c", prelude + CHECKS],
-        env=environment | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert process.returncode == 0, process.stderr
-    raised = [line for line in process.stdout.splitlines() if line.startswith("RAISED")]
-    assert len(raised) == 2
-    for line in raised:
-        assert f"backend='triton' cannot run: {reason}" in line and remedy in line
+def test_a_plain_layer_has_nothing_to_requantise():
+    layer = FusedLoRALinear(K, N)
+    with pytest.raises(ValueError, match=r"requantise=True is for quantised bases.*without it"):
+        layer.merge(requantise=True)
+    assert not layer.merged

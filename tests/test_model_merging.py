@@ -70,6 +70,11 @@ def emptied():
 MERGING = {
     "some merged already": (mixed, fused_lora.merge_adapter, "layers.1.q: merged already"),
     "not initialised": (emptied, fused_lora.merge_adapter, "layers.0.q_proj: lora_A and lora_B"),
+    "nothing to requantise": (
+        make,
+        lambda model: fused_lora.merge_adapter(model, requantise=True),
+        "requantise=True is for quantised bases, Model has none",
+    ),
     "none merged": (make, fused_lora.unmerge_adapter, "no LoRA layer is merged"),
     "base let go": (let_go, fused_lora.unmerge_adapter, "base weight of layers.1.q, which"),
     "base let go, off": (

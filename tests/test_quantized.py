@@ -196,6 +196,18 @@ def test_a_requantised_merge_is_the_quantised_sum_and_is_undone_exactly(kind, ke
     assert layer.base_layer is base and torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_plain_layers_beside_quantised_ones_are_merged_with_them(kind):
+    model = nn.Sequential(base_layer(kind), nn.Linear(N, K))
+    plain = model[1].weight
+    fused_lora.apply_lora(model, r=R, lora_alpha=6, init_lora_weights=False)
+    delta = model[1].delta_weight()
+    fused_lora.merge_adapter(model, requantise=True)
+    assert model[0].merged and torch.equal(model[1].weight, plain + delta)
+    fused_lora.unmerge_adapter(model)
+    assert model[1].weight is plain
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_adapter_files_fit_quantised_and_plain_bases_alike(kind, tmp_path):
     pytest.importorskip("safetensors")
@@ -240,6 +252,12 @@ def test_explain_names_the_quantisation_and_the_path(kind):
         f"  {PATHS[kind]}the base's own product, then the adapter added to its output (aten)",
     ]
     assert repr(model[0]).startswith("QuantizedLoRALinear(\n  in_features=64, out_features=48,")
+
+
+def test_explain_speaks_of_the_dtype_that_a_4_bit_layer_computes_in():
+    model, _ = adapted("nf4", torch.bfloat16, adapter_dtype=torch.float32)
+    assert model[0].path(inputs(dtype=torch.bfloat16)) == "dequantise"
+    assert UNPACKED in fused_lora.explain(model)
 
 
 def test_a_packed_weight_counts_as_what_it_stands_for(capsys):

@@ -3,6 +3,9 @@ unpatched ones give."""
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -248,6 +251,23 @@ def test_a_run_that_was_all_fallback_is_named(tmp_path, capsys):
     )
     with pytest.warns(UserWarning, match=r"no call of 14 ran fused:\n.*variant DoraLinear"):
         trainer.train()
+
+
+@pytest.mark.parametrize("way", ["argument", "in place", "wrapped", "not at all"])
+def test_a_compiled_run_is_not_taken_for_fallback(way):
+    model, callback = llama(**LORA), FusedLoRACallback()
+    state = transformers.TrainerState(is_world_process_zero=False, global_step=3)
+    arguments = SimpleNamespace(torch_compile=way == "argument")
+    callback.on_train_begin(arguments, state, None, model=model)
+    if way == "in place":
+        model.compile(backend="eager")
+    elif way == "wrapped":
+        model = torch.compile(model, backend="eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        callback.on_train_end(arguments, state, None, model=model)
+    said = [w for w in said if "no call of 0 ran fused" in str(w.message)]
+    assert len(said) == (way == "not at all")
 
 
 def test_the_callback_reports_once_however_often_training_begins(capsys):

@@ -18,8 +18,9 @@ class FusedLoRACallback(TrainerCallback):
         trainer = Trainer(model, args, callbacks=[FusedLoRACallback()])
 
     The model stays patched afterwards (`peft.unpatch` gives PEFT's classes back). When training
-    ends without one fused call, a UserWarning says so, with the reasons. `backend` and
-    `compute_dtype` as in `fused_lora.integrations.peft.patch`; `report` is what that returned.
+    ends without one fused call, a UserWarning says so, with the reasons (calls inside of a
+    torch.compile graph are not counted, and not missed). `backend` and `compute_dtype` as in
+    `fused_lora.integrations.peft.patch`; `report` is what that returned.
 
     Raises ValueError at train begin if the model holds no PEFT LoRA layer.
     """
@@ -41,7 +42,16 @@ class FusedLoRACallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
         counts = peft.call_counts(model)
+        if not any(counts.values()) and _is_compiled(model, args):
+            return
         if not counts[peft.FULL] and not counts[peft.DELTA] and state.global_step > 0:
             warnings.warn(
                 f"no call of {counts[peft.PEFT]} ran fused:\n{peft.explain(model)}", stacklevel=2
             )
+
+
+def _is_compiled(model: Any, args: Any) -> bool:
+    return getattr(args, "torch_compile", False) or any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
