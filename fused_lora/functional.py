@@ -49,7 +49,7 @@ def lora_linear(
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
     device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and x.is_floating_point() and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device_type))
     _check_tensors(x, weight, lora_A, lora_B, bias, autocast)
@@ -106,8 +106,10 @@ def _check_tensors(
     for tensor, name in zip(given, NAMES, strict=False):
         if type(tensor).__name__ == "DTensor":
             raise TypeError(
-                f"{name} is a DTensor, expected a plain tensor: a kernel sees one device's memory; "
-                "pass local tensors (to_local()) and reduce the gradients of the replicated factor"
+                f"{name} is a DTensor, expected a plain tensor: split the layer with "
+                "ColwiseLoRAParallel or RowwiseLoRAParallel of fused_lora.parallel; under FSDP2 "
+                "call the sharded block, not the layer; by hand, pass local tensors (to_local()) "
+                "and reduce the gradients of the replicated factor"
             )
         if not tensor.is_floating_point():
             raise TypeError(

@@ -87,9 +87,8 @@ def define(schema: str) -> OpOverload:
 
 
 def register(operator: OpOverload, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Give an operator its kernel, one for CPU and CUDA, and its fake implementation."""
-    for key in ("CPU", "CUDA"):
-        _library.impl(operator, kernel, key)
+    """Give an operator its kernel, one for all devices, and its fake implementation."""
+    _library.impl(operator, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(operator, fake, lib=_library)
     _kernels[operator] = kernel
 
@@ -105,7 +104,7 @@ def call(operator: OpOverload, x: Tensor, *arguments: Any) -> Any:
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or not _UNWATCHED.issuperset(map(type, (x, *arguments)))
-        or not (x.is_cuda or x.is_cpu)
+        or x.is_meta
     )
     return (operator if watched else _kernels[operator])(x, *arguments)
 
@@ -237,7 +236,7 @@ def _as_given(x: Tensor) -> contextlib.AbstractContextManager:
     """Compute on x's device (Triton launches on the current one) and in the dtypes at hand
     (autocast, which `lora_linear` has applied, would cast again)."""
     elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-    autocast = torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu")
+    autocast = torch.is_autocast_enabled(x.device.type)
     if not elsewhere and not autocast:
         return _NOTHING_TO_CHANGE
     stack = contextlib.ExitStack()

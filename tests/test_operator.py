@@ -101,3 +101,13 @@ def test_a_transform_is_refused_before_a_kernel_asks_for_addresses(case, past):
     with torch.no_grad(), pytest.raises(RuntimeError, match="Batching rule not implemented"):
         layer(x, case.weight, case.lora_A, case.lora_B)
     assert past == []
+
+
+def test_meta_tensors_give_shapes_and_no_kernel_is_called(case, past):
+    x, weight, lora_A, lora_B = (
+        t.to("meta").requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)
+    )
+    y = lora_linear(x, weight, lora_A, lora_B, dropout_p=0.5)
+    y.sum().backward()
+    assert y.is_meta and y.shape == case.dy.shape and past == []
+    assert lora_A.grad.shape == lora_A.shape and x.grad.shape == x.shape
