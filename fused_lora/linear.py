@@ -137,28 +137,12 @@ class FusedLoRALinear(LoRALayer):
         weight: Tensor,
         bias: nn.Parameter | None,
         *,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        use_rslora: bool,
-        init_lora_weights: InitLoRA,
-        adapter_dtype: torch.dtype | None,
-        backend: str,
         fan_in_fan_out: bool = False,
+        **options: Any,
     ) -> None:
         in_features, out_features = weight.shape if fan_in_fan_out else weight.shape[::-1]
         self._setup_adapter(
-            in_features,
-            out_features,
-            device=weight.device,
-            dtype=weight.dtype,
-            r=r,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            use_rslora=use_rslora,
-            init_lora_weights=init_lora_weights,
-            adapter_dtype=adapter_dtype,
-            backend=backend,
+            in_features, out_features, device=weight.device, dtype=weight.dtype, **options
         )
         self.fan_in_fan_out = fan_in_fan_out
         self.weight = weight
