@@ -1,0 +1,307 @@
+"""What the runs of examples/paper.py say about the paper's claims: means, standard errors, and
+verdicts that never go beyond them. No training and no plotting here."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from paper_runs import Result
+from torch import Tensor
+
+from fused_lora import analysis
+
+AGREES, DIFFERS, OPEN = "agrees", "differs", "does not separate"
+MARGIN = 0.01  # one point of accuracy: "as good as" means not worse by more than this
+NOISY = 0.05  # where equal things differ by more than this, a ratio of times says nothing
+# Student's t, 97.5 %, for 1 to 9 degrees of freedom; the last one also serves beyond, safely
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+Factors = dict[str, Tensor]  # as in fused_lora.lora_state_dict
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard error and the ends of its 95 % interval."""
+
+    mean: float
+    error: float
+    low: float
+    high: float
+
+    def text(self, unit: float = 1.0, digits: int = 3, sign: str = "") -> str:
+        mean, error, low, high = (
+            f"{value * unit:{form}.{digits}f}"
+            for value, form in zip(
+                (self.mean, self.error, self.low, self.high), (sign, "", sign, sign), strict=True
+            )
+        )
+        return f"{mean} ± {error} (95 %: {low} to {high})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One claim of the paper, where it stands there, the verdict here, and the numbers for it."""
+
+    claim: str
+    where: str
+    verdict: str
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:18} {self.claim} [{self.where}]\n{'':18} {self.evidence}"
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error; infinite for a single value, of which none is known."""
+    if len(values) < 2:
+        return statistics.mean(values), math.inf
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def interval(mean: float, error: float, count: int) -> Estimate:
+    """The 95 % interval of a mean whose error was estimated from `count` values."""
+    if count < 2:
+        return Estimate(mean, math.inf, -math.inf, math.inf)
+    half = T_975[min(count - 2, len(T_975) - 1)] * error
+    return Estimate(mean, error, mean - half, mean + half)
+
+
+def difference(first: list[Result], second: list[Result], sentences: int) -> Estimate:
+    """Accuracy of `first` minus that of `second`, paired by seed.
+
+    The error holds both what other seeds and what other sentences would change: the variance of
+    the difference over seeds, plus that of each sentence's mean difference over sentences.
+    """
+    pairs = [(a, b) for a in first for b in second if a.seed == b.seed]
+    mean, seeds_error = mean_and_error([a.accuracy - b.accuracy for a, b in pairs])
+    per_sentence = [
+        statistics.mean(difference)
+        for difference in zip(
+            *(
+                [x - y for x, y in zip(a.bits(sentences), b.bits(sentences), strict=True)]
+                for a, b in pairs
+            ),
+            strict=True,
+        )
+    ]
+    _, sentences_error = mean_and_error(per_sentence)
+    return interval(mean, math.hypot(seeds_error, sentences_error), len(pairs))
+
+
+def better(claim: str, where: str, gain: Estimate, **form: float) -> Finding:
+    """The paper says that something is larger: agreed only if the whole interval lies above 0."""
+    verdict = AGREES if gain.low > 0 else DIFFERS if gain.high < 0 else OPEN
+    return Finding(claim, where, verdict, gain.text(**form, sign="+"))
+
+
+def as_good(claim: str, where: str, gain: Estimate, **form: float) -> Finding:
+    """The paper says that something is not worse: agreed only if the whole interval lies above
+    minus MARGIN. That two things do not separate is no evidence that they are equal."""
+    verdict = AGREES if gain.low > -MARGIN else DIFFERS if gain.high < 0 else OPEN
+    return Finding(claim, where, verdict, gain.text(**form, sign="+"))
+
+
+def accuracy_findings(runs: dict[str, list[Result]], sentences: int) -> list[Finding]:
+    """Sections 7.1 and 7.2, and the comparison with other methods of sections 4 and 5."""
+
+    def finding(rule: Callable, claim: str, where: str, first: str, second: str) -> Finding:
+        gain = difference(runs[first], runs[second], sentences)
+        found = rule(claim, where, gain, unit=100, digits=1)
+        return Finding(
+            claim, where, found.verdict, f"{first} minus {second}: {found.evidence} points"
+        )
+
+    everywhere, both = "Wq+Wk+Wv+Wo r=2", "Wq+Wv r=4"
+    return [
+        finding(better, "Wq and Wv together beat Wq alone", "7.1, table 5", both, "Wq r=8"),
+        finding(better, "Wq and Wv together beat Wk alone", "7.1, table 5", both, "Wk r=8"),
+        finding(better, "Wq and Wv beat Wq and Wk", "7.1, table 5", both, "Wq+Wk r=4"),
+        finding(better, "Wv alone beats Wq alone", "7.1, table 5", "Wv r=8", "Wq r=8"),
+        finding(
+            better, "all four at r=2 beat Wq alone at r=8", "7.1, table 5", everywhere, "Wq r=8"
+        ),
+        finding(
+            as_good,
+            "all four at r=2 are not worse than Wv alone at r=8",
+            "7.1, table 5",
+            everywhere,
+            "Wv r=8",
+        ),
+        *(
+            finding(
+                as_good,
+                f"r={r} on Wq and Wv is as good as r=64",
+                "7.2, table 6",
+                f"Wq+Wv r={r}",
+                "Wq+Wv r=64",
+            )
+            for r in (1, 2, 4, 8)
+        ),
+        finding(
+            as_good,
+            "LoRA (Wq and Wv, r=8) is as good as full fine-tuning",
+            "5, tables 2 to 4",
+            "Wq+Wv r=8",
+            "full fine-tuning",
+        ),
+        finding(
+            better, "LoRA (Wq and Wv, r=8) beats biases alone", "5, table 4", "Wq+Wv r=8", "biases"
+        ),
+        finding(
+            better, "LoRA (Wq and Wv, r=8) beats the head alone", "a check", "Wq+Wv r=8", "head"
+        ),
+    ]
+
+
+class Overlap(NamedTuple):
+    """Similarity grids of one matrix (Wq, say) for pairs of runs: [pairs, layers, r1, r2]."""
+
+    matrix: str
+    pairs: list[tuple[int, int]]  # the seeds of the two runs
+    grids: Tensor
+    width: int  # of lora_A: Gaussian matrices share max(i, j) / width in expectation
+
+    def shared(self, i: int) -> list[float]:
+        """The similarity of the top i directions of each pair's runs, mean over the layers."""
+        return self.grids[:, :, i - 1, i - 1].mean(1).tolist()
+
+
+def overlap(
+    matrix: str, module: str, runs: dict[tuple[int, int], tuple[Factors, Factors]]
+) -> Overlap:
+    """Compare lora_A of the modules whose path ends in `module`, layer by layer, pair by pair."""
+
+    def of(factors: Factors) -> list[Tensor]:
+        return [value for key, value in factors.items() if key.endswith(f".{module}.lora_A")]
+
+    grids = [
+        torch.stack([analysis.similarity_grid(*layer) for layer in zip(of(a), of(b), strict=True)])
+        for a, b in runs.values()
+    ]
+    width = of(next(iter(runs.values()))[0])[0].shape[1]
+    return Overlap(matrix, list(runs), torch.stack(grids), width)
+
+
+def jackknife(values: Sequence[float], pairs: Sequence[tuple[int, int]]) -> Estimate:
+    """The mean over pairs of seeds; its error from leaving out one seed at a time, with every pair
+    that has it: pairs that share a seed are not independent."""
+    seeds = sorted({seed for pair in pairs for seed in pair})
+    parts = []
+    for left_out in seeds:
+        kept = [v for v, pair in zip(values, pairs, strict=True) if left_out not in pair]
+        if not kept:
+            return interval(statistics.mean(values), math.inf, 1)
+        parts.append(statistics.mean(kept))
+    spread = sum((part - statistics.mean(parts)) ** 2 for part in parts)
+    error = math.sqrt(spread * (len(seeds) - 1) / len(seeds))
+    return interval(statistics.mean(values), error, len(seeds))
+
+
+def subspace_findings(ranks: dict[str, Overlap], seeds: dict[str, Overlap]) -> list[Finding]:
+    """Section 7.2: `ranks` holds r=8 against r=64, `seeds` two runs at r=64, by matrix."""
+
+    def gain(first: Overlap, values: list[float]) -> Estimate:
+        return jackknife(values, first.pairs)
+
+    found = []
+    for name, one in ranks.items():
+        top, eight, chance = one.shared(1), one.shared(8), 1 / one.width
+        for claim, values in (
+            (
+                f"{name}: the top direction is shared by r=8 and r=64, beyond chance",
+                [value - chance for value in top],
+            ),
+            (f"{name}: that similarity exceeds 0.5", [value - 0.5 for value in top]),
+            (
+                f"{name}: the top direction is shared more than the top 8",
+                [a - b for a, b in zip(top, eight, strict=True)],
+            ),
+        ):
+            found.append(better(claim, "7.2, figure 3", gain(one, values)))
+    for name, one in seeds.items():
+        values = [value - 1 / one.width for value in one.shared(1)]
+        claim = f"{name}: two seeds at r=64 share the top direction, beyond chance"
+        found.append(better(claim, "7.2, figure 4", gain(one, values)))
+    first, second = seeds.values()
+    values = [a - b for a, b in zip(first.shared(8), second.shared(8), strict=True)]
+    claim = f"two seeds share more of the top 8 of {first.matrix} than of {second.matrix}"
+    return [*found, better(claim, "7.2, figure 4", gain(first, values))]
+
+
+def cost_findings(costs: dict) -> list[Finding]:
+    """Sections 4.1 and 4.2: latency, switching, memory, as `paper_costs.measure` returns them."""
+    found = []
+    for case, rows in costs["latency"].items():
+        ratio, noise = rows["merged"]["over_base"], rows["noise"]
+        verdict = OPEN if noise > NOISY else AGREES if abs(ratio - 1) <= noise else DIFFERS
+        evidence = (
+            f"merged / base {ratio:.3f}, unmerged / base {rows['unmerged']['over_base']:.3f}; "
+            f"two equal models differ by {noise:.1%}"
+        )
+        found.append(Finding(f"merged, no added latency, {case}", "4.1", verdict, evidence))
+    switch = costs["switching"]
+    exact = switch["base_restored"] and switch["merged_again_equal"]
+    found.append(
+        Finding(
+            "tasks are switched by a small file, W0 recovered exactly",
+            "4.1",
+            AGREES if exact and switch["adapter_bytes"] < switch["model_bytes"] else DIFFERS,
+            f"adapter {switch['adapter_bytes']:,} bytes in {switch['adapter_ms']:.1f} ms, whole "
+            f"model {switch['model_bytes']:,} bytes in {switch['model_ms']:.1f} ms; W0 restored "
+            f"bit for bit: {'yes' if exact else 'NO'}",
+        )
+    )
+    full, lora = costs["memory"]["full fine-tuning"], costs["memory"]["Wq+Wv r=8"]
+    state = "gradient_bytes", "optimizer_bytes"
+    kept, whole = (sum(row[name] for name in state) for row in (lora, full))
+    found.append(
+        Finding(
+            "no gradients and no optimizer state for what is frozen",
+            "4.2",
+            AGREES if kept == 3 * 4 * lora["trainable"] else DIFFERS,
+            f"LoRA {kept:,} bytes, full fine-tuning {whole:,}; the step's peak beyond weights "
+            f"{lora['peak_bytes']:,} and {full['peak_bytes']:,}",
+        )
+    )
+    return found
+
+
+def summarise(runs: dict[str, list[Result]]) -> dict[str, dict[str, Any]]:
+    """By method: parameters, bytes, accuracies of the seeds, their mean and standard error."""
+    summary = {}
+    for name, several in runs.items():
+        accuracies = [run.accuracy for run in several]
+        mean, error = mean_and_error(accuracies)
+        summary[name] = {
+            "trainable": several[0].trainable,
+            "checkpoint_bytes": several[0].checkpoint_bytes,
+            "accuracies": [round(value, 5) for value in accuracies],
+            "mean": round(mean, 5),
+            "error": round(error, 5),
+            "train_loss": round(statistics.mean(run.last_loss for run in several), 4),
+            "seconds": round(statistics.median(run.seconds for run in several), 1),
+        }
+    return summary
+
+
+def table(summary: dict[str, dict[str, Any]]) -> str:
+    rows = [("trained beside the head", "parameters", "checkpoint", "accuracy, %", "SE", "loss")]
+    rows += [
+        (
+            name,
+            f"{row['trainable']:,}",
+            f"{row['checkpoint_bytes']:,} B",
+            f"{100 * row['mean']:.2f}",
+            f"{100 * row['error']:.2f}",
+            f"{row['train_loss']:.3f}",
+        )
+        for name, row in summary.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
