@@ -59,13 +59,13 @@ FULL, BIAS, HEAD = Method("full"), Method("bias"), Method("head")
 METHODS = list(dict.fromkeys([*BUDGET, *RANKS.values(), FULL, BIAS, HEAD]))
 # All LoRA runs share one rate, chosen at both ends of the ranks so that it favours neither.
 SWEEP = {  # kind -> the methods it is tried on, the rates
-    "lora": ([RANKS[1], RANKS[64]], (1e-3, 2e-3, 4e-3)),
-    "full": ([FULL], (1e-4, 2e-4, 4e-4)),
-    "bias": ([BIAS], (3e-3, 1e-2, 3e-2)),
-    "head": ([HEAD], (3e-3, 1e-2, 3e-2)),
+    "lora": ([RANKS[1], RANKS[64]], (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "full": ([FULL], (5e-5, 1e-4, 2e-4, 4e-4)),
+    "bias": ([BIAS], (1e-3, 3e-3, 1e-2, 3e-2)),
+    "head": ([HEAD], (3e-3, 1e-2, 3e-2, 1e-1)),
 }
 SWEEP_SEED = 1000  # none of the seeds that are compared
-FULL_STUDY = Protocol(steps=100, batch_size=16, max_tokens=32, seeds=5, held_out=2000)
+FULL_STUDY = Protocol(steps=80, batch_size=12, max_tokens=32, seeds=5, held_out=2000)
 QUICK_STUDY = Protocol(steps=12, batch_size=8, max_tokens=32, seeds=3, held_out=128)
 STOPPED = 3  # exit status: time is up, call again
 

@@ -81,9 +81,9 @@ def heat_maps(overlaps: dict[str, Overlap], title: str, path: Path) -> None:
     )
     for line, one in zip(axes, overlaps.values(), strict=True):
         grids = [*one.grids.mean(0), control]
-        for position, (axis, grid) in enumerate(zip(line, grids, strict=True)):
+        for axis, grid in zip(line, grids, strict=True):
             image = axis.imshow(
-                grid,
+                grid.numpy(),
                 vmin=0,
                 vmax=1,
                 cmap="viridis",
@@ -94,12 +94,11 @@ def heat_maps(overlaps: dict[str, Overlap], title: str, path: Path) -> None:
             axis.set_xticks([1, columns // 2, columns])
             axis.set_yticks([1, rows // 2, rows])
             axis.tick_params(labelsize=8, length=2)
-            if line is axes[0]:
-                name = f"layer {position + 1}" if position < layers else "Gaussian"
-                axis.set_title(name, fontsize=9)
         line[0].set_ylabel(f"{one.matrix}\ni", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("j", fontsize=9)
+    names = [*(f"layer {number}" for number in range(1, layers + 1)), "Gaussian"]
+    for name, top, bottom in zip(names, axes[0], axes[-1], strict=True):
+        top.set_title(name, fontsize=9)
+        bottom.set_xlabel("j", fontsize=9)
     figure.colorbar(image, ax=axes, fraction=0.02, pad=0.01).ax.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=11)
     _save(figure, path)
