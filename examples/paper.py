@@ -61,7 +61,7 @@ METHODS = list(dict.fromkeys([*BUDGET, *RANKS.values(), FULL, BIAS, HEAD]))
 SWEEP = {  # kind -> the methods it is tried on, the rates
     "lora": ([RANKS[1], RANKS[64]], (1.5e-3, 3e-3, 6e-3, 1.2e-2)),
     "full": ([FULL], (5e-5, 1e-4, 2e-4, 4e-4)),
-    "bias": ([BIAS], (1e-3, 3e-3, 1e-2, 3e-2)),
+    "bias": ([BIAS], (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)),
     "head": ([HEAD], (3e-3, 1e-2, 3e-2, 1e-1)),
 }
 SWEEP_SEED = 1000  # none of the seeds that are compared

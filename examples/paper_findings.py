@@ -3,7 +3,7 @@ verdicts that never go beyond them. No training and no plotting here."""
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ from fused_lora import analysis
 AGREES, DIFFERS, OPEN = "agrees", "differs", "does not separate"
 MARGIN = 0.01  # one point of accuracy: "as good as" means not worse by more than this
 NOISY = 0.05  # where equal things differ by more than this, a ratio of times says nothing
-# Student's t, 97.5 %, for 1 to 9 degrees of freedom; the last one also serves beyond, safely
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
+# Student's t, 97.5 %, by degrees of freedom; between two entries the larger value serves
+T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+T_975 |= {12: 2.179, 16: 2.120, 24: 2.064, 60: 2.000}
 
 Factors = dict[str, Tensor]  # as in fused_lora.lora_state_dict
 
@@ -62,11 +62,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def interval(mean: float, error: float, count: int) -> Estimate:
-    """The 95 % interval of a mean whose error was estimated from `count` values."""
-    if count < 2:
+def interval(mean: float, error: float, freedom: float) -> Estimate:
+    """The 95 % interval of a mean whose error is known with so many degrees of freedom."""
+    if freedom < 1:
         return Estimate(mean, math.inf, -math.inf, math.inf)
-    half = T_975[min(count - 2, len(T_975) - 1)] * error
+    half = T_975[max(entry for entry in T_975 if entry <= freedom)] * error
     return Estimate(mean, error, mean - half, mean + half)
 
 
@@ -74,7 +74,8 @@ def difference(first: list[Result], second: list[Result], sentences: int) -> Est
     """Accuracy of `first` minus that of `second`, paired by seed.
 
     The error holds both what other seeds and what other sentences would change: the variance of
-    the difference over seeds, plus that of each sentence's mean difference over sentences.
+    the difference over seeds, plus that of each sentence's mean difference over sentences. Degrees
+    of freedom of such a sum are Welch and Satterthwaite's.
     """
     pairs = [(a, b) for a in first for b in second if a.seed == b.seed]
     mean, seeds_error = mean_and_error([a.accuracy - b.accuracy for a, b in pairs])
@@ -89,16 +90,18 @@ def difference(first: list[Result], second: list[Result], sentences: int) -> Est
         )
     ]
     _, sentences_error = mean_and_error(per_sentence)
-    return interval(mean, math.hypot(seeds_error, sentences_error), len(pairs))
+    error = math.hypot(seeds_error, sentences_error)
+    parts = seeds_error**4 / (len(pairs) - 1) + sentences_error**4 / (sentences - 1)
+    return interval(mean, error, error**4 / parts if parts else math.inf)
 
 
-def better(claim: str, where: str, gain: Estimate, **form: float) -> Finding:
+def better(claim: str, where: str, gain: Estimate, **form: Any) -> Finding:
     """The paper says that something is larger: agreed only if the whole interval lies above 0."""
     verdict = AGREES if gain.low > 0 else DIFFERS if gain.high < 0 else OPEN
     return Finding(claim, where, verdict, gain.text(**form, sign="+"))
 
 
-def as_good(claim: str, where: str, gain: Estimate, **form: float) -> Finding:
+def as_good(claim: str, where: str, gain: Estimate, **form: Any) -> Finding:
     """The paper says that something is not worse: agreed only if the whole interval lies above
     minus MARGIN. That two things do not separate is no evidence that they are equal."""
     verdict = AGREES if gain.low > -MARGIN else DIFFERS if gain.high < 0 else OPEN
@@ -106,55 +109,33 @@ def as_good(claim: str, where: str, gain: Estimate, **form: float) -> Finding:
 
 
 def accuracy_findings(runs: dict[str, list[Result]], sentences: int) -> list[Finding]:
-    """Sections 7.1 and 7.2, and the comparison with other methods of sections 4 and 5."""
-
-    def finding(rule: Callable, claim: str, where: str, first: str, second: str) -> Finding:
-        gain = difference(runs[first], runs[second], sentences)
-        found = rule(claim, where, gain, unit=100, digits=1)
-        return Finding(
-            claim, where, found.verdict, f"{first} minus {second}: {found.evidence} points"
-        )
-
-    everywhere, both = "Wq+Wk+Wv+Wo r=2", "Wq+Wv r=4"
-    return [
-        finding(better, "Wq and Wv together beat Wq alone", "7.1, table 5", both, "Wq r=8"),
-        finding(better, "Wq and Wv together beat Wk alone", "7.1, table 5", both, "Wk r=8"),
-        finding(better, "Wq and Wv beat Wq and Wk", "7.1, table 5", both, "Wq+Wk r=4"),
-        finding(better, "Wv alone beats Wq alone", "7.1, table 5", "Wv r=8", "Wq r=8"),
-        finding(
-            better, "all four at r=2 beat Wq alone at r=8", "7.1, table 5", everywhere, "Wq r=8"
-        ),
-        finding(
-            as_good,
-            "all four at r=2 are not worse than Wv alone at r=8",
-            "7.1, table 5",
-            everywhere,
-            "Wv r=8",
-        ),
-        *(
-            finding(
-                as_good,
-                f"r={r} on Wq and Wv is as good as r=64",
-                "7.2, table 6",
-                f"Wq+Wv r={r}",
-                "Wq+Wv r=64",
-            )
-            for r in (1, 2, 4, 8)
-        ),
-        finding(
-            as_good,
-            "LoRA (Wq and Wv, r=8) is as good as full fine-tuning",
-            "5, tables 2 to 4",
-            "Wq+Wv r=8",
-            "full fine-tuning",
-        ),
-        finding(
-            better, "LoRA (Wq and Wv, r=8) beats biases alone", "5, table 4", "Wq+Wv r=8", "biases"
-        ),
-        finding(
-            better, "LoRA (Wq and Wv, r=8) beats the head alone", "a check", "Wq+Wv r=8", "head"
-        ),
+    """Sections 7.1 and 7.2, and the comparison with other methods of section 5."""
+    two, eight, full = "Wq+Wv r=4", "Wq+Wv r=8", "full fine-tuning"
+    four = "Wq+Wk+Wv+Wo r=2"
+    claims = [
+        (better, "Wq and Wv together beat Wq alone", "7.1, table 5", two, "Wq r=8"),
+        (better, "Wq and Wv together beat Wk alone", "7.1, table 5", two, "Wk r=8"),
+        (better, "Wq and Wv beat Wq and Wk", "7.1, table 5", two, "Wq+Wk r=4"),
+        (better, "Wv alone beats Wq alone", "7.1, table 5", "Wv r=8", "Wq r=8"),
+        (better, "all four at r=2 beat Wq alone", "7.1, table 5", four, "Wq r=8"),
+        (as_good, "all four at r=2 are as good as Wv alone", "7.1, table 5", four, "Wv r=8"),
     ]
+    claims += [
+        (as_good, f"r={r} is as good as r=64", "7.2, table 6", f"Wq+Wv r={r}", "Wq+Wv r=64")
+        for r in (1, 2, 4, 8)
+    ]
+    claims += [
+        (as_good, "LoRA is as good as full fine-tuning", "5, tables 2 to 4", eight, full),
+        (better, "LoRA beats training biases", "5, table 4", eight, "biases"),
+        (better, "LoRA beats training the head alone", "no claim, a check", eight, "head"),
+    ]
+    found = []
+    for rule, claim, where, first, second in claims:
+        gain = difference(runs[first], runs[second], sentences)
+        judged = rule(claim, where, gain, unit=100, digits=1)
+        evidence = f"{first} minus {second}: {judged.evidence} points"
+        found.append(Finding(claim, where, judged.verdict, evidence))
+    return found
 
 
 class Overlap(NamedTuple):
@@ -194,11 +175,11 @@ def jackknife(values: Sequence[float], pairs: Sequence[tuple[int, int]]) -> Esti
     for left_out in seeds:
         kept = [v for v, pair in zip(values, pairs, strict=True) if left_out not in pair]
         if not kept:
-            return interval(statistics.mean(values), math.inf, 1)
+            return interval(statistics.mean(values), math.inf, 0)
         parts.append(statistics.mean(kept))
     spread = sum((part - statistics.mean(parts)) ** 2 for part in parts)
     error = math.sqrt(spread * (len(seeds) - 1) / len(seeds))
-    return interval(statistics.mean(values), error, len(seeds))
+    return interval(statistics.mean(values), error, len(seeds) - 1)
 
 
 def subspace_findings(ranks: dict[str, Overlap], seeds: dict[str, Overlap]) -> list[Finding]:

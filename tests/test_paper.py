@@ -85,10 +85,11 @@ def result(runs, seed, bits):
 def test_mean_standard_error_and_interval_are_those_of_student(findings):
     mean, error = findings.mean_and_error([0.80, 0.82, 0.81, 0.83, 0.84])
     assert mean == pytest.approx(0.82) and error == pytest.approx(math.sqrt(0.00025 / 5))
-    estimate = findings.interval(mean, error, 5)
+    estimate = findings.interval(mean, error, 4)
     assert estimate.high - mean == pytest.approx(2.776 * error) == mean - estimate.low
-    assert findings.interval(0.0, 1.0, 10).high == 2.262 == findings.interval(0.0, 1.0, 99).high
-    assert math.isinf(findings.interval(0.8, *findings.mean_and_error([0.8])[1:], 1).high)
+    assert findings.interval(0.0, 1.0, 11.9).high == 2.262  # never less than the exact value
+    assert findings.interval(0.0, 1.0, math.inf).high == 2.0
+    assert math.isinf(findings.interval(0.8, *findings.mean_and_error([0.8])[1:], 0).high)
 
 
 def test_a_difference_is_paired_by_seed_and_knows_the_sentences(findings, runs):
@@ -98,7 +99,14 @@ def test_a_difference_is_paired_by_seed_and_knows_the_sentences(findings, runs):
     # every seed gains one sentence in four, always the second: no error from seeds, one from texts
     assert estimate.mean == pytest.approx(0.25)
     assert estimate.error == pytest.approx(statistics.stdev([0, 1, 0, 0]) / 2)
-    assert estimate.low == pytest.approx(0.25 - 4.303 * estimate.error)
+    assert estimate.low == pytest.approx(0.25 - 3.182 * estimate.error)
+    gains = [result(runs, seed, bits) for seed, bits in enumerate(("1111", "1110", "1100"))]
+    losses = [result(runs, seed, "1100") for seed in range(3)]
+    estimate = findings.difference(gains, losses, 4)
+    seeds, texts = 0.25 / math.sqrt(3), statistics.stdev([0, 0, 2 / 3, 1 / 3]) / 2
+    assert estimate.error == pytest.approx(math.hypot(seeds, texts))
+    freedom = (seeds**2 + texts**2) ** 2 / (seeds**4 / 2 + texts**4 / 3)
+    assert 4 < freedom < 5 and estimate.high == pytest.approx(0.25 + 2.776 * estimate.error)
 
 
 def test_answers_survive_the_file_with_leading_zeros(runs):
