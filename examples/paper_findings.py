@@ -184,33 +184,30 @@ def jackknife(values: Sequence[float], pairs: Sequence[tuple[int, int]]) -> Esti
 
 def subspace_findings(ranks: dict[str, Overlap], seeds: dict[str, Overlap]) -> list[Finding]:
     """Section 7.2: `ranks` holds r=8 against r=64, `seeds` two runs at r=64, by matrix."""
-
-    def gain(first: Overlap, values: list[float]) -> Estimate:
-        return jackknife(values, first.pairs)
-
     found = []
+
+    def judge(
+        claim: str, where: str, one: Overlap, first: list[float], second: Sequence[float]
+    ) -> None:
+        gain = jackknife([a - b for a, b in zip(first, second, strict=True)], one.pairs)
+        judged = better(claim, where, gain)
+        means = f"{statistics.mean(first):.3f} against {statistics.mean(second):.3f}"
+        found.append(Finding(claim, where, judged.verdict, f"{means}: {judged.evidence}"))
+
     for name, one in ranks.items():
-        top, eight, chance = one.shared(1), one.shared(8), 1 / one.width
-        for claim, values in (
-            (
-                f"{name}: the top direction is shared by r=8 and r=64, beyond chance",
-                [value - chance for value in top],
-            ),
-            (f"{name}: that similarity exceeds 0.5", [value - 0.5 for value in top]),
-            (
-                f"{name}: the top direction is shared more than the top 8",
-                [a - b for a, b in zip(top, eight, strict=True)],
-            ),
-        ):
-            found.append(better(claim, "7.2, figure 3", gain(one, values)))
+        where, top, count = "7.2, figure 3", one.shared(1), len(one.pairs)
+        claim = f"{name}: r=8 and r=64 share the top direction"
+        judge(f"{claim} beyond chance", where, one, top, [1 / one.width] * count)
+        judge(f"{claim} by more than 0.5", where, one, top, [0.5] * count)
+        judge(f"{claim} more than the top 8", where, one, top, one.shared(8))
+    where = "7.2, figure 4"
     for name, one in seeds.items():
-        values = [value - 1 / one.width for value in one.shared(1)]
-        claim = f"{name}: two seeds at r=64 share the top direction, beyond chance"
-        found.append(better(claim, "7.2, figure 4", gain(one, values)))
+        claim = f"{name}: two seeds at r=64 share the top direction beyond chance"
+        judge(claim, where, one, one.shared(1), [1 / one.width] * len(one.pairs))
     first, second = seeds.values()
-    values = [a - b for a, b in zip(first.shared(8), second.shared(8), strict=True)]
-    claim = f"two seeds share more of the top 8 of {first.matrix} than of {second.matrix}"
-    return [*found, better(claim, "7.2, figure 4", gain(first, values))]
+    claim = f"two seeds at r=64 share more of the top 8 in {first.matrix} than in {second.matrix}"
+    judge(claim, where, first, first.shared(8), second.shared(8))
+    return found
 
 
 def cost_findings(costs: dict) -> list[Finding]:
