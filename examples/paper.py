@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,9 @@ import torch
 from finetune import tqdm
 from paper_costs import machine, results
 from paper_findings import (
+    OTHER_SEED,
+    SAME_SEED,
+    TWO_SEEDS,
     Finding,
     Overlap,
     accuracy_findings,
@@ -158,20 +161,24 @@ class Study:
             }
         return found
 
-    def overlaps(self, rate: float) -> tuple[dict[str, Overlap], dict[str, Overlap]]:
-        """By matrix: r=8 against r=64 of each seed, and r=64 for every pair of seeds."""
+    def overlaps(self, rate: float) -> dict[str, dict[str, Overlap]]:
+        """By pair of runs, then by matrix. Runs of one seed saw the same batches and began with the
+        same head, which alone makes them alike; therefore r=8 meets r=64 of its own and of the
+        other seeds, apart."""
         seeds = range(self.protocol.seeds)
         small, large = (
             [self.finished.factors(Job(RANKS[r], seed, rate, "test")) for seed in seeds]
             for r in (8, 64)
         )
-        ranks = {(seed, seed): (small[seed], large[seed]) for seed in seeds}
-        pairs = {(a, b): (large[a], large[b]) for a, b in combinations(seeds, 2)}
-        matrices = RANKS[8].matrices
-        return tuple(
-            {matrix: overlap(matrix, MATRICES[matrix], compared) for matrix in matrices}
-            for compared in (ranks, pairs)
-        )
+        compared = {
+            SAME_SEED: {(a, a): (small[a], large[a]) for a in seeds},
+            OTHER_SEED: {(a, b): (small[a], large[b]) for a, b in permutations(seeds, 2)},
+            TWO_SEEDS: {(a, b): (large[a], large[b]) for a, b in combinations(seeds, 2)},
+        }
+        return {
+            what: {matrix: overlap(matrix, MATRICES[matrix], runs) for matrix in RANKS[8].matrices}
+            for what, runs in compared.items()
+        }
 
     def costs(self, rate: float, seconds: float) -> dict[str, Any]:
         method = RANKS[8]
@@ -205,7 +212,7 @@ def described(one: Overlap) -> dict[str, Any]:
     return {
         f"top {i}": {
             "layers": [round(value, 4) for value in one.grids[:, :, i - 1, i - 1].mean(0).tolist()],
-            "mean": round(statistics.mean(one.shared(i)), 4),
+            "mean": round(one.shared(i), 4),
             "chance": i / one.width,
         }
         for i in (1, 2, 4, 8)
@@ -215,8 +222,7 @@ def described(one: Overlap) -> dict[str, Any]:
 def draw(
     stem: Path,
     summary: dict[str, dict[str, Any]],
-    ranks: dict[str, Overlap],
-    seeds: dict[str, Overlap],
+    overlaps: dict[str, dict[str, Overlap]],
     costs: dict[str, Any],
 ) -> None:
     try:
@@ -227,16 +233,17 @@ def draw(
     columns = [str(method) for method in BUDGET]
     swept = {r: str(method) for r, method in RANKS.items()}
     paper_figures.accuracy(summary, columns, swept, Path(f"{stem}-accuracy.png"))
+    title = "similarity of the top i directions of A at r={} and the top j at r=64"
     paper_figures.heat_maps(
-        ranks,
-        "similarity of the top i directions of A at r=8 and the top j at r=64",
+        {
+            f"{matrix}, {'same' if what == SAME_SEED else 'other'} seed": one
+            for what in (SAME_SEED, OTHER_SEED)
+            for matrix, one in overlaps[what].items()
+        },
+        title.format(8),
         Path(f"{stem}-ranks.png"),
     )
-    paper_figures.heat_maps(
-        seeds,
-        "similarity of the top i and j directions of A at r=64, two seeds",
-        Path(f"{stem}-seeds.png"),
-    )
+    paper_figures.heat_maps(overlaps[TWO_SEEDS], title.format(64), Path(f"{stem}-seeds.png"))
     paper_figures.costs(costs, Path(f"{stem}-costs.png"))
     print(f"written: {stem}-{{accuracy,ranks,seeds,costs}}.png")
 
@@ -253,11 +260,11 @@ def report(study: Study, args: argparse.Namespace) -> int:
     for result in study.run("comparing", jobs):
         runs.setdefault(result.method, []).append(result)
     rate = rates["lora"]["chosen"]
-    ranks, seeds = study.overlaps(rate)
+    overlaps = study.overlaps(rate)
     costs = study.costs(rate, seconds=5 if args.quick else 30)
     findings: list[Finding] = [
         *accuracy_findings(runs, len(study.sets["test"])),
-        *subspace_findings(ranks, seeds),
+        *subspace_findings(overlaps),
         *cost_findings(costs),
     ]
     summary = summarise(runs)
@@ -279,15 +286,15 @@ def report(study: Study, args: argparse.Namespace) -> int:
         "methods": summary,
         "findings": [asdict(finding) for finding in findings],
         "overlaps": {
-            "r=8 and r=64": {name: described(one) for name, one in ranks.items()},
-            "two seeds at r=64": {name: described(one) for name, one in seeds.items()},
+            what: {matrix: described(one) for matrix, one in by_matrix.items()}
+            for what, by_matrix in overlaps.items()
         },
         "costs": costs,
         "runs": [asdict(run) for several in runs.values() for run in several],
     }
     results.write_json(Path(f"{stem}.json"), document)
     print(f"\nwritten: {stem}.json")
-    draw(stem, summary, ranks, seeds, costs)
+    draw(stem, summary, overlaps, costs)
     return 0 if costs["switching"]["base_restored"] else 1
 
 

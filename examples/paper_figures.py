@@ -64,8 +64,8 @@ def _counted(name: str, row: dict[str, Any]) -> str:
 
 
 def heat_maps(overlaps: dict[str, Overlap], title: str, path: Path) -> None:
-    """One row a matrix, one column a layer, the mean over the pairs; last column: Gaussian
-    matrices of the same sizes."""
+    """One row for each of `overlaps`, one column a layer, the mean over the pairs; last column:
+    Gaussian matrices of the same sizes."""
     first = next(iter(overlaps.values()))
     _, layers, rows, columns = first.grids.shape
     control = analysis.random_baseline(first.width, rows, columns, samples=len(first.pairs))
@@ -79,7 +79,7 @@ def heat_maps(overlaps: dict[str, Overlap], title: str, path: Path) -> None:
         squeeze=False,
         layout="constrained",
     )
-    for line, one in zip(axes, overlaps.values(), strict=True):
+    for line, (label, one) in zip(axes, overlaps.items(), strict=True):
         grids = [*one.grids.mean(0), control]
         for axis, grid in zip(line, grids, strict=True):
             image = axis.imshow(
@@ -94,7 +94,7 @@ def heat_maps(overlaps: dict[str, Overlap], title: str, path: Path) -> None:
             axis.set_xticks([1, columns // 2, columns])
             axis.set_yticks([1, rows // 2, rows])
             axis.tick_params(labelsize=8, length=2)
-        line[0].set_ylabel(f"{one.matrix}\ni", fontsize=9)
+        line[0].set_ylabel(f"{label}\ni", fontsize=9)
     names = [*(f"layer {number}" for number in range(1, layers + 1)), "Gaussian"]
     for name, top, bottom in zip(names, axes[0], axes[-1], strict=True):
         top.set_title(name, fontsize=9)

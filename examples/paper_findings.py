@@ -3,8 +3,9 @@ verdicts that never go beyond them. No training and no plotting here."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ NOISY = 0.05  # where equal things differ by more than this, a ratio of times sa
 # Student's t, 97.5 %, by degrees of freedom; between two entries the larger value serves
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 T_975 |= {12: 2.179, 16: 2.120, 24: 2.064, 60: 2.000}
+SAME_SEED, OTHER_SEED = "r=8 and r=64, same seed", "r=8 and r=64, other seeds"
+TWO_SEEDS = "r=64, two seeds"
 
 Factors = dict[str, Tensor]  # as in fused_lora.lora_state_dict
 
@@ -146,9 +149,11 @@ class Overlap(NamedTuple):
     grids: Tensor
     width: int  # of lora_A: Gaussian matrices share max(i, j) / width in expectation
 
-    def shared(self, i: int) -> list[float]:
-        """The similarity of the top i directions of each pair's runs, mean over the layers."""
-        return self.grids[:, :, i - 1, i - 1].mean(1).tolist()
+    def shared(self, i: int, without: int | None = None) -> float:
+        """The similarity of the top i directions, mean over layers and over the pairs that do not
+        have the seed `without`; NaN if there is none."""
+        kept = [without not in pair for pair in self.pairs]
+        return self.grids[kept, :, i - 1, i - 1].mean().item()
 
 
 def overlap(
@@ -167,46 +172,46 @@ def overlap(
     return Overlap(matrix, list(runs), torch.stack(grids), width)
 
 
-def jackknife(values: Sequence[float], pairs: Sequence[tuple[int, int]]) -> Estimate:
-    """The mean over pairs of seeds; its error from leaving out one seed at a time, with every pair
-    that has it: pairs that share a seed are not independent."""
-    seeds = sorted({seed for pair in pairs for seed in pair})
-    parts = []
-    for left_out in seeds:
-        kept = [v for v, pair in zip(values, pairs, strict=True) if left_out not in pair]
-        if not kept:
-            return interval(statistics.mean(values), math.inf, 0)
-        parts.append(statistics.mean(kept))
+def jackknife(statistic: Callable[[int | None], float], seeds: Sequence[int]) -> Estimate:
+    """The interval of `statistic(None)`, its error from leaving out each seed in turn, with every
+    pair of runs that has it: pairs that share a seed are not independent."""
+    parts = [statistic(seed) for seed in seeds]
+    if any(map(math.isnan, parts)):
+        return interval(statistic(None), math.inf, 0)
     spread = sum((part - statistics.mean(parts)) ** 2 for part in parts)
     error = math.sqrt(spread * (len(seeds) - 1) / len(seeds))
-    return interval(statistics.mean(values), error, len(seeds) - 1)
+    return interval(statistic(None), error, len(seeds) - 1)
 
 
-def subspace_findings(ranks: dict[str, Overlap], seeds: dict[str, Overlap]) -> list[Finding]:
-    """Section 7.2: `ranks` holds r=8 against r=64, `seeds` two runs at r=64, by matrix."""
+def subspace_findings(overlaps: dict[str, dict[str, Overlap]]) -> list[Finding]:
+    """Section 7.2. Only runs of different seeds, which share no batches, speak for or against."""
     found = []
+    own, other, two = (overlaps[what] for what in (SAME_SEED, OTHER_SEED, TWO_SEEDS))
+    seeds = sorted({pair[0] for one in own.values() for pair in one.pairs})
 
     def judge(
-        claim: str, where: str, one: Overlap, first: list[float], second: Sequence[float]
+        claim: str, where: str, first: Callable[[int | None], float], second: Callable | float
     ) -> None:
-        gain = jackknife([a - b for a, b in zip(first, second, strict=True)], one.pairs)
+        less = second if callable(second) else lambda _: second
+        gain = jackknife(lambda without: first(without) - less(without), seeds)
         judged = better(claim, where, gain)
-        means = f"{statistics.mean(first):.3f} against {statistics.mean(second):.3f}"
+        means = f"{first(None):.3f} against {less(None):.3f}"
         found.append(Finding(claim, where, judged.verdict, f"{means}: {judged.evidence}"))
 
-    for name, one in ranks.items():
-        where, top, count = "7.2, figure 3", one.shared(1), len(one.pairs)
-        claim = f"{name}: r=8 and r=64 share the top direction"
-        judge(f"{claim} beyond chance", where, one, top, [1 / one.width] * count)
-        judge(f"{claim} by more than 0.5", where, one, top, [0.5] * count)
-        judge(f"{claim} more than the top 8", where, one, top, one.shared(8))
+    for name, one in other.items():
+        where, top, claim = "7.2, figure 3", partial(one.shared, 1), f"{name}: r=8 and r=64 share"
+        judge(f"{claim} the top direction beyond chance", where, top, 1 / one.width)
+        judge(f"{claim} the top direction by more than 0.5", where, top, 0.5)
+        judge(f"{claim} the top direction more than the top 8", where, top, partial(one.shared, 8))
+        same = partial(own[name].shared, 1)
+        judge(f"{claim} more if they saw the same batches", "no claim, a check", same, top)
     where = "7.2, figure 4"
-    for name, one in seeds.items():
+    for name, one in two.items():
         claim = f"{name}: two seeds at r=64 share the top direction beyond chance"
-        judge(claim, where, one, one.shared(1), [1 / one.width] * len(one.pairs))
-    first, second = seeds.values()
+        judge(claim, where, partial(one.shared, 1), 1 / one.width)
+    first, second = two.values()
     claim = f"two seeds at r=64 share more of the top 8 in {first.matrix} than in {second.matrix}"
-    judge(claim, where, first, first.shared(8), second.shared(8))
+    judge(claim, where, partial(first.shared, 8), partial(second.shared, 8))
     return found
 
 

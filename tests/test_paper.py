@@ -1,10 +1,8 @@
-"""examples/paper.py: statistics that claim no more than they may, runs that go on where they were
-stopped, and the whole path on a tiny model."""
+"""examples/paper.py on a tiny model: one budget, runs that go on where they were stopped, a base
+that is restored, and the whole path."""
 
 import json
-import math
 import random
-import statistics
 import sys
 from pathlib import Path
 
@@ -24,13 +22,6 @@ def paper():
         yield paper
     finally:
         sys.path.remove(str(EXAMPLES))
-
-
-@pytest.fixture(scope="module")
-def findings(paper):
-    import paper_findings
-
-    return paper_findings
 
 
 @pytest.fixture(scope="module")
@@ -72,88 +63,6 @@ def study(paper, tiny, cache, *options, steps=2, seeds=3):
     args = paper.parse_args([*tiny, "--cache", str(cache), *options])
     sizes = {"batch_size": 4, "max_tokens": 16, "held_out": 20}
     return paper.Study(args, paper.Protocol(steps=steps, seeds=seeds, **sizes))
-
-
-def result(runs, seed, bits):
-    """A Result with these answers, a string of one 0 or 1 a sentence."""
-    return runs.Result(
-        "m", seed, 1e-3, "test", 1, 4, 1.0, 1.0, 1.0, bits.count("1") / len(bits),
-        f"{int(bits, 2):x}", 1.0,
-    )  # fmt: skip
-
-
-def test_mean_standard_error_and_interval_are_those_of_student(findings):
-    mean, error = findings.mean_and_error([0.80, 0.82, 0.81, 0.83, 0.84])
-    assert mean == pytest.approx(0.82) and error == pytest.approx(math.sqrt(0.00025 / 5))
-    estimate = findings.interval(mean, error, 4)
-    assert estimate.high - mean == pytest.approx(2.776 * error) == mean - estimate.low
-    assert findings.interval(0.0, 1.0, 11.9).high == 2.262  # never less than the exact value
-    assert findings.interval(0.0, 1.0, math.inf).high == 2.0
-    assert math.isinf(findings.interval(0.8, *findings.mean_and_error([0.8])[1:], 0).high)
-
-
-def test_a_difference_is_paired_by_seed_and_knows_the_sentences(findings, runs):
-    first = [result(runs, 1, "1110"), result(runs, 0, "1111"), result(runs, 2, "1100")]
-    second = [result(runs, 0, "1011"), result(runs, 1, "1010"), result(runs, 2, "1000")]
-    estimate = findings.difference(first, second, 4)
-    # every seed gains one sentence in four, always the second: no error from seeds, one from texts
-    assert estimate.mean == pytest.approx(0.25)
-    assert estimate.error == pytest.approx(statistics.stdev([0, 1, 0, 0]) / 2)
-    assert estimate.low == pytest.approx(0.25 - 3.182 * estimate.error)
-    gains = [result(runs, seed, bits) for seed, bits in enumerate(("1111", "1110", "1100"))]
-    losses = [result(runs, seed, "1100") for seed in range(3)]
-    estimate = findings.difference(gains, losses, 4)
-    seeds, texts = 0.25 / math.sqrt(3), statistics.stdev([0, 0, 2 / 3, 1 / 3]) / 2
-    assert estimate.error == pytest.approx(math.hypot(seeds, texts))
-    freedom = (seeds**2 + texts**2) ** 2 / (seeds**4 / 2 + texts**4 / 3)
-    assert 4 < freedom < 5 and estimate.high == pytest.approx(0.25 + 2.776 * estimate.error)
-
-
-def test_answers_survive_the_file_with_leading_zeros(runs):
-    assert result(runs, 0, "0010").bits(4) == [0, 0, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "better", "as_good"),
-    [
-        (0.001, 0.02, "agrees", "agrees"),
-        (-0.001, 0.02, "does not separate", "agrees"),
-        (-0.02, 0.001, "does not separate", "does not separate"),
-        (-0.005, -0.001, "differs", "agrees"),
-        (-0.03, -0.011, "differs", "differs"),
-        (-math.inf, math.inf, "does not separate", "does not separate"),
-        (math.nan, math.nan, "does not separate", "does not separate"),
-    ],
-)
-def test_no_claim_is_agreed_unless_the_whole_interval_supports_it(
-    findings, low, high, better, as_good
-):
-    estimate = findings.Estimate((low + high) / 2, 0.01, low, high)
-    assert findings.better("c", "w", estimate).verdict == better
-    assert findings.as_good("c", "w", estimate).verdict == as_good
-
-
-def test_methods_that_are_alike_do_not_separate(findings, paper, runs):
-    rng = random.Random(0)
-    coins = {
-        str(method): [
-            result(runs, seed, "".join(rng.choice("0111") for _ in range(200))) for seed in range(5)
-        ]
-        for method in paper.METHODS
-    }
-    found = findings.accuracy_findings(coins, 200)
-    assert len(found) == 13
-    assert {finding.verdict for finding in found} == {findings.OPEN}
-
-
-def test_pairs_of_seeds_are_not_counted_as_independent(findings):
-    values = [1.0, 2.0, 3.0, 4.0]
-    own = findings.jackknife(values, [(s, s) for s in range(4)])
-    assert own.error == pytest.approx(statistics.stdev(values) / 2)
-    pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
-    values = [float(a == 0) for a, b in pairs]  # one seed differs from all others
-    assert findings.jackknife(values, pairs).error == pytest.approx(0.5)  # by hand; 0.22 naively
-    assert math.isinf(findings.jackknife([1.0], [(0, 1)]).error)
 
 
 def test_the_budget_is_one_number_of_parameters(paper, runs, tiny, tmp_path):
