@@ -148,14 +148,15 @@ class Study:
         self.run("choosing rates", [job for several in jobs.values() for job in several])
         found: dict[str, dict[str, Any]] = {}
         for kind, (methods, rates) in SWEEP.items():
-            loss = {
-                rate: statistics.mean(self.finished.result(job).loss for job in jobs[kind, rate])
-                for rate in rates
+            losses = {
+                rate: [self.finished.result(job).loss for job in jobs[kind, rate]] for rate in rates
             }
-            best = min(rates, key=loss.__getitem__)
+            best = min(rates, key=lambda rate: statistics.mean(losses[rate]))
             found[kind] = {
-                "tried_on": [str(method) for method in methods],
-                "dev_loss": {f"{rate:g}": round(loss[rate], 5) for rate in rates},
+                "dev_loss": {
+                    str(method): {f"{rate:g}": round(losses[rate][place], 4) for rate in rates}
+                    for place, method in enumerate(methods)
+                },
                 "chosen": best,
                 "at_the_edge": best in (rates[0], rates[-1]),
             }
@@ -271,7 +272,7 @@ def report(study: Study, args: argparse.Namespace) -> int:
     print(f"\n{table(summary)}\n")
     for kind, row in rates.items():
         edge = ", the edge of what was tried" if row["at_the_edge"] else ""
-        print(f"learning rate of {kind}: {row['chosen']:g} (dev loss {row['dev_loss']}{edge})")
+        print(f"learning rate of {kind}: {row['chosen']:g}{edge}; dev losses {row['dev_loss']}")
     print("\n" + "\n".join(map(str, findings)))
     meta = machine.describe(torch.device("cpu"), "float32")
     meta["command"] = "python examples/paper.py" + (" --quick" if args.quick else "")

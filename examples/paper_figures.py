@@ -124,6 +124,7 @@ def costs(measured: dict[str, Any], path: Path) -> None:
             label=case,
         )
     left.axhline(1, color="0.6", lw=0.8)
+    left.set_xlim(-0.5, len(names) - 0.5)
     left.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
     left.set_ylabel("time over base, p50 (p20 to p80)")
     left.set_title("one forward pass", fontsize=11)
