@@ -181,6 +181,7 @@ def test_a_switch_that_does_not_restore_the_base_is_seen(
 def test_quick_runs_to_the_end_and_its_status_tells_of_a_base_not_restored(
     paper, tiny, tmp_path, monkeypatch, capsys
 ):
+    pytest.importorskip("matplotlib", reason="the pictures need the extra `bench`")
     costs = paper.paper_costs
     latency = costs.latency
     monkeypatch.setattr(costs, "latency", lambda encoder, make, seconds: latency(encoder, make, 0))
