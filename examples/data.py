@@ -102,10 +102,12 @@ def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     return train, held_out
 
 
-def encode(examples: list[Example], classes: list[str], tokenizer: Any) -> Encoded:
+def encode(
+    examples: list[Example], classes: list[str], tokenizer: Any, max_tokens: int = MAX_TOKENS
+) -> Encoded:
     """Tokenise, sorted by length so that neighbours make batches with little padding."""
     texts = [example.text for example in examples]
-    ids = tokenizer(texts, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    ids = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
     labels = [classes.index(example.label) for example in examples]
     return sorted(zip(ids, labels, strict=True), key=lambda pair: len(pair[0]))
 
