@@ -113,7 +113,7 @@ def test_pairs_are_source_bars_target_and_a_malformed_line_is_named(tmp_path):
 
 
 def test_sources_and_padding_carry_no_loss():
-    batch = example.collate([([5, 6, 7], 1), ([8, 9], 1)], torch.device("cpu"))
+    batch = data.collate_pairs([([5, 6, 7], 1), ([8, 9], 1)], torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
