@@ -176,13 +176,22 @@ def fetch_smollm2_dequantised(cache: Path) -> Path:
     if it is not there; that needs the package `gguf`, reading the folder does not."""
     folder = cache / "smollm2-135m-bf16"
     if not folder.exists():
+        import transformers
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         source = fetch_smollm2(cache)
-        options = {"gguf_file": SMOLLM2_FILE, "local_files_only": True}
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16, **options)
+        options: dict[str, Any] = {"gguf_file": SMOLLM2_FILE, "local_files_only": True}
+        # newer versions may keep the weights packed
+        packed = getattr(transformers, "GgufConfig", None)
+        how = {"quantization_config": packed(dequantize=True)} if packed else {}
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.bfloat16, **options, **how
+        )
         # a model that came from GGUF refuses to be saved: its weights go into a new one
-        model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
         with being_built(folder) as building:
             model.save_pretrained(building)

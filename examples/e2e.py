@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import statistics
 import sys
 import time
@@ -127,7 +128,7 @@ def _digest(text: str) -> bytes:
 
 
 def plan(args: argparse.Namespace, sizes: dict[str, int]) -> list[Cell]:
-    """The runs in the order they are done, seed by seed. `sizes` holds the parameters of each kind's
+    """The runs in the order they are done, seed by seed. `sizes` holds the parameters of the kinds'
     adapters at r = 1: those of the targets part have as many as q,v at REFERENCE_RANK."""
     budget = REFERENCE_RANK * sizes[REFERENCE]
     cells = []
@@ -209,7 +210,7 @@ def train(
     losses: list[float] = []
     seconds: list[float] = []
     if checkpoint.exists():
-        saved = torch.load(checkpoint, map_location=device, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         with torch.no_grad():
             for parameter, value in zip(trained, saved["trained"], strict=True):
                 parameter.copy_(value)
@@ -321,6 +322,12 @@ def run(
     return record
 
 
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a name to write to, which becomes `path` in one step once it is on the disk."""
@@ -386,6 +393,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(records)} of {len(cells)} runs are done: the same command goes on")
     elif args.output:
         report = e2e_report.as_json(records, settings, sizes)
+        report["machine"] = {"name": device_name(args.device), "threads": torch.get_num_threads()}
+        report["fingerprint"] = state.name  # of settings, model and data
         with replaced(args.output) as path:
             path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
         print(e2e_report.plot(records, args.output.with_suffix(".png")))

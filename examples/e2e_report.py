@@ -203,31 +203,31 @@ def plot(records: Records, path: Path) -> str:
     from matplotlib import pyplot
 
     groups = {key: group for key, group in grouped(records).items() if key[0] != FROZEN}
+    ranks = sorted(key for key in groups if key[0] == REFERENCE)
+    others = [key for key in groups if key[0] != REFERENCE or key[1] == REFERENCE_RANK]
+    columns = [keys for keys in (ranks, others) if len(keys) > 1]
+    if not columns:
+        return "no picture: there is nothing to compare"
     names = [n for n in ("loss", "BLEU") if all(n in r for group in groups.values() for r in group)]
     figure, axes = pyplot.subplots(
-        len(names), 2, figsize=(9, 3.2 * len(names)), squeeze=False, layout="constrained"
+        len(names),
+        len(columns),
+        figsize=(4.6 * len(columns), 3.2 * len(names)),
+        squeeze=False,
+        layout="constrained",
     )
-    ranks = sorted(key for key in groups if key[0] == REFERENCE)
-    others = [(REFERENCE, REFERENCE_RANK), *(key for key in groups if key[0] != REFERENCE)]
-    others = [key for key in others if key in groups]
     for row, name in zip(axes, names, strict=True):
         means = {key: mean([record[name] for record in group]) for key, group in groups.items()}
-        for axis, keys, places in (
-            (row[0], ranks, [key[1] for key in ranks]),
-            (row[1], others, list(range(len(others)))),
-        ):
+        for axis, keys in zip(row, columns, strict=True):
             values = [means[key].value for key in keys]
-            errors = [0.0 if means[key].seeds == 1 else means[key].error for key in keys]
-            axis.errorbar(places, values, yerr=errors, fmt="o", capsize=3)
-            axis.set_ylabel(f"held-out {name}" if name == "loss" else name)
+            errors = [means[key].error if means[key].seeds > 1 else 0.0 for key in keys]
+            axis.errorbar(range(len(keys)), values, yerr=errors, fmt="o", capsize=3)
+            axis.set_xticks(range(len(keys)), [label(*key) for key in keys], rotation=20)
+            axis.set_ylabel("held-out loss" if name == "loss" else name)
             axis.grid(alpha=0.3)
-        row[0].set_xscale("log", base=2)
-        row[0].set_xticks([key[1] for key in ranks], [str(key[1]) for key in ranks])
-        row[0].set_xlabel("rank of the adapters on q and v")
-        if (FULL, 0) in means:
-            row[0].axhline(means[FULL, 0].value, ls="--", color="gray", label="full fine-tuning")
-            row[0].legend()
-        row[1].set_xticks(range(len(others)), [label(*key) for key in others], rotation=20)
+            if (FULL, 0) in means and keys is ranks:
+                axis.axhline(means[FULL, 0].value, ls="--", color="gray", label="full fine-tuning")
+                axis.legend()
     seeds = max(len(group) for group in groups.values())
     figure.suptitle(f"Mean over {seeds} seed(s), bars: one standard error")
     figure.savefig(path, dpi=130)

@@ -150,22 +150,32 @@ def test_the_held_out_loss_is_of_a_token_in_batches_of_any_size(e2e, setting, mo
     args, _, _, examples = setting
     model = e2e.build(e2e.Cell("frozen", 0, 0.0, 0), args.model, args)
     few = [*examples[:3], (examples[3][0] * 2, examples[3][1]), *examples[4:7]]
-    found = e2e.held_out_loss(model, few, torch.device("cpu"))
-    monkeypatch.setattr(e2e, "EVAL_BATCH", 1)
-    assert e2e.held_out_loss(model, few, torch.device("cpu")) == pytest.approx(found, rel=1e-5)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids, given in few:
+            batch = e2e.data.collate_pairs([(ids, given)], torch.device("cpu"))
+            total += (len(ids) - given) * e2e.reference_loss(model, batch, "mean").item()
+            tokens += len(ids) - given
+    for size in (1, 3, 16):
+        monkeypatch.setattr(e2e, "EVAL_BATCH", size)
+        found = e2e.held_out_loss(model, few, torch.device("cpu"))
+        assert found == pytest.approx(total / tokens, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind, r", [("q,v", 4), ("full", 0)])
 def test_stopped_after_every_step_training_ends_the_same_bit_for_bit(
-    e2e, setting, tmp_path, kind, r
+    e2e, setting, tmp_path, kind, r, dtype
 ):
     args, _, _, examples = setting
+    args.dtype = dtype
     cell = e2e.Cell(kind, r, 1e-2, 0)
 
     def trained(checkpoint, deadline):
         model = e2e.build(cell, args.model, args)
         losses, seconds = e2e.train(cell, model, examples, args, checkpoint, deadline)
         assert len(seconds) == args.steps
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
         return losses, [p.detach() for p in model.parameters()]
 
     expected, parameters = trained(tmp_path / "whole.pt", math.inf)
@@ -218,7 +228,8 @@ def test_all_targets_have_about_as_many_parameters(e2e, tiny):
 
 
 def whole(e2e, tiny, folder, *extra):
-    arguments = ["--seeds", "2", "--steps", "20", "--ranks", "1,4", "--lr", "2e-2", *extra]
+    arguments = ["--seeds", "1", "--steps", "20", "--ranks", "1,4", "--lr", "2e-2", *extra]
+    arguments += ["--parts", "ranks,targets,full,rates"]
     arguments += ["--full-lr", "1e-2", "--state", str(folder / "state")]
     args = [*tiny, *arguments, "--output", str(folder / "result.json"), "--held-out", "3"]
     return e2e.main(args)
@@ -227,22 +238,63 @@ def whole(e2e, tiny, folder, *extra):
 def test_all_runs_reach_the_report_also_in_pieces(e2e, tiny, tmp_path, capsys):
     result = tmp_path / "result.json"
     assert whole(e2e, tiny, tmp_path, "--minutes", "1e-9") == 0
-    assert "0 of 15 runs are done: the same command goes on" in capsys.readouterr().out
+    assert "0 of 14 runs are done: the same command goes on" in capsys.readouterr().out
     assert not result.exists()
     assert whole(e2e, tiny, tmp_path) == 0
     printed = capsys.readouterr().out
     report = json.loads(result.read_text())
     rows = {(row["kind"], row["r"]): row for row in report["summary"]}
-    assert len(report["runs"]) == 15 and len(rows) == 8
+    assert len(report["runs"]) == 14 and len(rows) == 8
     losses = {key: row["loss"]["mean"] for key, row in rows.items()}
     assert all(loss < losses["frozen", 0] for key, loss in losses.items() if key[0] != "frozen")
     assert rows["q,v", 4]["trainable"] == 4 * 2 * 112 and rows["frozen", 0]["trainable"] == 0
     assert "q,v r=1 against q,v r=16" in printed and "frozen against q,v r=16" in printed
+    assert printed.count("at learning rate") == 6
     assert not list((tmp_path / "state").rglob("*.pt*"))
     assert str(tmp_path) not in result.read_text()
     before = result.read_text()
     assert whole(e2e, tiny, tmp_path) == 0  # nothing is left to do
     assert result.read_text() == before
+
+
+def test_the_packed_model_is_unpacked_once_into_an_ordinary_folder(
+    e2e, tiny, tmp_path, monkeypatch
+):
+    """Stands in for a GGUF file: what is loaded says that it is packed, and cannot be saved."""
+    transformers = pytest.importorskip("transformers")
+    packed, calls = Path(tiny[1]), []
+    plain = {
+        kind: getattr(transformers, kind).from_pretrained
+        for kind in ("AutoModelForCausalLM", "AutoTokenizer")
+    }
+
+    def load(kind):
+        def from_pretrained(
+            folder, *, gguf_file, local_files_only, quantization_config=None, **more
+        ):
+            assert quantization_config is None or quantization_config.dequantize
+            calls.append(kind)
+            loaded = plain[kind](folder, **more)
+            if kind == "AutoModelForCausalLM":
+                loaded.config.quantization_config = {"quant_method": "gguf"}
+                loaded.save_pretrained = None
+            return loaded
+
+        return from_pretrained
+
+    with monkeypatch.context() as patched:
+        patched.setattr(e2e.data, "fetch_smollm2", lambda cache: packed)
+        for kind in plain:
+            patched.setattr(getattr(transformers, kind), "from_pretrained", load(kind))
+        folder = e2e.data.fetch_smollm2_dequantised(tmp_path)
+        assert e2e.data.fetch_smollm2_dequantised(tmp_path) == folder and len(calls) == 2
+    model = plain["AutoModelForCausalLM"](folder)
+    expected = plain["AutoModelForCausalLM"](packed, dtype=torch.bfloat16).state_dict()
+    assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="delete it and run again"):
+        e2e.data.fetch_smollm2_dequantised(tmp_path)
 
 
 def test_without_data_it_says_what_to_give(e2e, capsys):
