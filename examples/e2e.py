@@ -304,7 +304,7 @@ def run(
         checkpoint = state / f"{cell.name}.pt"
         losses, seconds = train(cell, model, examples, args, checkpoint, deadline)
 
-    groups = dict(list(getattr(corpus, cell.split).items())[: args.held_out])
+    groups = scored(corpus, cell.split, args)
     pairs = [data.Pair(source, text) for source, texts in groups.items() for text in texts]
     record = cell._asdict() | {
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -317,9 +317,13 @@ def run(
         if cell.split == "test":
             if cell.kind in TARGETS:
                 fused_lora.merge_adapter(model)
-            texts = generate(model, tokenizer, list(groups), args.new_tokens, device)
-            record |= {"generated": texts, **e2e_report.scores(texts, list(groups.values()))}
+            record["generated"] = generate(model, tokenizer, list(groups), args.new_tokens, device)
     return record
+
+
+def scored(corpus: Corpus, split: str, args: argparse.Namespace) -> dict[str, list[str]]:
+    """The meaning representations that are scored, and their reference texts."""
+    return dict(list(getattr(corpus, split).items())[: args.held_out])
 
 
 def device_name(device: str) -> str:
@@ -369,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"meaning representations, {args.held_out} of them scored; {len(cells)} runs, kept in "
         f"{state}"
     )
-    records = []
+    records, references = [], list(scored(corpus, "test", args).values())
     with tqdm(total=len(cells), desc="runs") as bar:
         for cell in cells:
             finished = state / f"{cell.name}.json"
@@ -383,7 +387,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 with replaced(finished) as path:
                     path.write_text(json.dumps(record) + "\n", encoding="utf-8")
                 (state / f"{cell.name}.pt").unlink(missing_ok=True)
-            records.append(json.loads(finished.read_text(encoding="utf-8")))
+            record = json.loads(finished.read_text(encoding="utf-8"))
+            if "generated" in record:
+                record |= e2e_report.scores(record["generated"], references)
+            records.append(record)
             bar.update()
     settings = {k: v for k, v in vars(args).items() if k not in ("cache", "state", "output")}
     settings |= {"model": folder.name, "data": args.data.name, "alpha": ALPHA}
@@ -433,11 +440,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--backend", choices=["auto", "aten", "triton"], default="auto")
     parser.add_argument("--minutes", type=float, help="stop after so many, to be continued")
-    parser.add_argument("--quick", action="store_true", help="one seed, 12 steps of 4: a try-out")
+    parser.add_argument("--quick", action="store_true", help="one seed, 10 steps of 4: a try-out")
     args = parser.parse_args(argv)
     if args.quick:
-        args.seeds, args.steps, args.batch_size = 1, min(args.steps, 12), min(args.batch_size, 4)
-        args.ranks, args.held_out = args.ranks[::2], min(args.held_out, 6)
+        args.seeds, args.steps, args.batch_size = 1, min(args.steps, 10), min(args.batch_size, 4)
+        args.ranks, args.held_out = args.ranks[::2], min(args.held_out, 4)
         args.new_tokens = min(args.new_tokens, 40)
     counts = (args.seeds, args.steps, args.batch_size, args.held_out, args.new_tokens, *args.ranks)
     if min(counts) < 1:
@@ -445,6 +452,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     unknown = [part for part in args.parts if part not in PARTS]
     if unknown:
         parser.error(f"--parts has {', '.join(unknown)}: expected some of {', '.join(PARTS)}")
+    if args.model and not args.model.is_dir():
+        parser.error(f"--model {args.model} is no folder: give one that transformers can load")
     if args.data is None or not args.data.exists():
         parser.error(
             f"--data: got {args.data or 'nothing'}, expected a folder of .txt files (or one file) "

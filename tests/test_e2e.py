@@ -257,48 +257,16 @@ def test_all_runs_reach_the_report_also_in_pieces(e2e, tiny, tmp_path, capsys):
     assert result.read_text() == before
 
 
-def test_the_packed_model_is_unpacked_once_into_an_ordinary_folder(
-    e2e, tiny, tmp_path, monkeypatch
-):
-    """Stands in for a GGUF file: what is loaded says that it is packed, and cannot be saved."""
-    transformers = pytest.importorskip("transformers")
-    packed, calls = Path(tiny[1]), []
-    plain = {
-        kind: getattr(transformers, kind).from_pretrained
-        for kind in ("AutoModelForCausalLM", "AutoTokenizer")
-    }
-
-    def load(kind):
-        def from_pretrained(
-            folder, *, gguf_file, local_files_only, quantization_config=None, **more
-        ):
-            assert quantization_config is None or quantization_config.dequantize
-            calls.append(kind)
-            loaded = plain[kind](folder, **more)
-            if kind == "AutoModelForCausalLM":
-                loaded.config.quantization_config = {"quant_method": "gguf"}
-                loaded.save_pretrained = None
-            return loaded
-
-        return from_pretrained
-
-    with monkeypatch.context() as patched:
-        patched.setattr(e2e.data, "fetch_smollm2", lambda cache: packed)
-        for kind in plain:
-            patched.setattr(getattr(transformers, kind), "from_pretrained", load(kind))
-        folder = e2e.data.fetch_smollm2_dequantised(tmp_path)
-        assert e2e.data.fetch_smollm2_dequantised(tmp_path) == folder and len(calls) == 2
-    model = plain["AutoModelForCausalLM"](folder)
-    expected = plain["AutoModelForCausalLM"](packed, dtype=torch.bfloat16).state_dict()
-    assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
-    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="delete it and run again"):
-        e2e.data.fetch_smollm2_dequantised(tmp_path)
-
-
-def test_without_data_it_says_what_to_give(e2e, capsys):
+def test_without_data_or_with_wrong_flags_it_says_what_to_give(e2e, capsys):
     for arguments in ([], ["--data", "nowhere"]):
         with pytest.raises(SystemExit):
             e2e.main(arguments)
         assert "a line `source||target` for each pair" in capsys.readouterr().err
+    for arguments, message in (
+        (["--model", "nowhere"], "is no folder"),
+        (["--parts", "ranks,all"], "--parts has all: expected some of"),
+        (["--ranks", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            e2e.main([*arguments, "--data", str(EXAMPLES)])
+        assert message in capsys.readouterr().err
