@@ -40,8 +40,8 @@ TARGETS: dict[str, str | list[str]] = {
     "q,k,v,o": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "all": "all-linear",
 }
-# scaling = ALPHA / sqrt(r): 2 at r = 16. Tied to r in this way, one learning rate fits all ranks.
-ALPHA = 8.0
+# lora_alpha of each --scaling, alpha / sqrt(r) or the paper's alpha / r: both are 2 at r = 16
+ALPHAS = {"rslora": 8.0, "lora": 32.0}
 LORA_RATES, FULL_RATES = (3e-4, 1e-3, 3e-3), (3e-5, 1e-4, 3e-4)
 PARTS = ("ranks", "targets", "full", "rates")
 MAX_TOKENS = 256  # the longest pair has about 200
@@ -175,8 +175,8 @@ def build(cell: Cell, folder: Path, args: argparse.Namespace) -> nn.Module:
         fused_lora.apply_lora(
             model,
             r=cell.r,
-            lora_alpha=ALPHA,
-            use_rslora=True,
+            lora_alpha=ALPHAS[args.scaling],
+            use_rslora=args.scaling == "rslora",
             target_modules=TARGETS[cell.kind],
             adapter_dtype=torch.float32,
             backend=args.backend,
@@ -350,7 +350,16 @@ def state_folder(args: argparse.Namespace, folder: Path, pairs: list[data.Pair])
             digest.update(file.name.encode() + file.read_bytes())
     for pair in sorted(pairs):
         digest.update(repr(tuple(pair)).encode())
-    names = ("steps", "batch_size", "held_out", "new_tokens", "device", "dtype", "backend")
+    names = (
+        "steps",
+        "batch_size",
+        "held_out",
+        "new_tokens",
+        "device",
+        "dtype",
+        "backend",
+        "scaling",
+    )
     settings = {name: getattr(args, name) for name in names} | {"torch": torch.__version__}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     return (args.state or args.cache / "e2e") / digest.hexdigest()[:16]
@@ -393,7 +402,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             records.append(record)
             bar.update()
     settings = {k: v for k, v in vars(args).items() if k not in ("cache", "state", "output")}
-    settings |= {"model": folder.name, "data": args.data.name, "alpha": ALPHA}
+    settings |= {"model": folder.name, "data": args.data.name}
     sizes = {"train": len(corpus.train), "dev": len(corpus.dev), "test": len(corpus.test)}
     print(e2e_report.text(records))
     if len(records) < len(cells):
@@ -432,6 +441,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3, help="of the adapters")
     parser.add_argument("--full-lr", type=float, default=1e-4, help="of the whole model")
+    parser.add_argument(
+        "--scaling", choices=ALPHAS, default="rslora", help="8 / sqrt(r), or the paper's 32 / r"
+    )
     parser.add_argument(
         "--held-out", type=int, default=48, help="meaning representations that are scored"
     )

@@ -227,6 +227,15 @@ def test_all_targets_have_about_as_many_parameters(e2e, tiny):
     assert {cell.split for cell in e2e.plan(args, sizes)} == {"dev"}
 
 
+def test_both_scalings_are_2_at_the_reference_and_what_their_names_say(e2e, tiny):
+    for scaling, expected in (("rslora", {1: 8.0, 16: 2.0}), ("lora", {1: 32.0, 16: 2.0})):
+        args = e2e.parse_args([*tiny, "--scaling", scaling])
+        for r, value in expected.items():
+            model = e2e.build(e2e.Cell("q,v", r, 1e-3, 0), args.model, args)
+            layers = [m for m in model.modules() if isinstance(m, e2e.fused_lora.FusedLoRALinear)]
+            assert len(layers) == 4 and {layer.scaling for layer in layers} == {value}
+
+
 def whole(e2e, tiny, folder, *extra):
     arguments = ["--seeds", "1", "--steps", "20", "--ranks", "1,4", "--lr", "2e-2", *extra]
     arguments += ["--parts", "ranks,targets,full,rates"]
