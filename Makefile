@@ -44,7 +44,7 @@ format: $(READY)
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip setuptools wheel
-	$(VENV)/bin/pip install --quiet --no-build-isolation -e ".[test,bench,peft,trl,examples]"
+	$(VENV)/bin/pip install --quiet --no-build-isolation -e ".[test,bench,peft,trl,examples,metrics]"
 	touch $@
 
 # the kernels are also tested on the oldest Triton we support; its interpreter needs numpy < 2.4

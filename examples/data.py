@@ -51,7 +51,8 @@ SOURCES = {
 }
 MAX_TOKENS = 64  # the reviews average 27 tokens, and one in a thousand is longer than this
 
-Encoded = list[tuple[list[int], int]]  # token ids and label of every example
+# token ids of every example and its label; of a pair, and how many of them are its source
+Encoded = list[tuple[list[int], int]]
 
 
 class Example(NamedTuple):
@@ -172,6 +173,36 @@ def fetch_smollm2(cache: Path) -> Path:
     return folder
 
 
+def fetch_smollm2_dequantised(cache: Path) -> Path:
+    """Return a transformers folder with SmolLM2-135M in bfloat16 (270 MB), made from the GGUF file
+    if it is not there; that needs the package `gguf`, reading the folder does not."""
+    folder = cache / "smollm2-135m-bf16"
+    if not folder.exists():
+        import transformers
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        source = fetch_smollm2(cache)
+        options: dict[str, Any] = {"gguf_file": SMOLLM2_FILE, "local_files_only": True}
+        # newer versions may keep the weights packed
+        packed = getattr(transformers, "GgufConfig", None)
+        how = {"quantization_config": packed(dequantize=True)} if packed else {}
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.bfloat16, **options, **how
+        )
+        # a model that came from GGUF refuses to be saved: its weights go into a new one
+        config = loaded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.load_state_dict(loaded.state_dict())
+        with being_built(folder) as building:
+            model.save_pretrained(building)
+            AutoTokenizer.from_pretrained(source, **options).save_pretrained(building)
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(f"{folder} lacks model.safetensors: delete it and run again")
+    return folder
+
+
 def load_pairs(path: Path) -> list[Pair]:
     """Read a UTF-8 file of `source||target` lines, empty ones skipped.
 
@@ -189,6 +220,34 @@ def load_pairs(path: Path) -> list[Pair]:
     if not pairs:
         raise ValueError(f"{path} holds no source||target line")
     return pairs
+
+
+def encode_pairs(pairs: list[Pair], tokenizer: Any, max_tokens: int) -> Encoded:
+    """`source\\ntarget<eos>` as token ids, and how many are of the source: given, not learnt."""
+    encoded = []
+    for source, target in pairs:
+        given = encode_source(source, tokenizer)
+        learnt = tokenizer(target, add_special_tokens=False)["input_ids"]
+        encoded.append(((given + learnt + [tokenizer.eos_token_id])[:max_tokens], len(given)))
+    return encoded
+
+
+def encode_source(source: str, tokenizer: Any) -> list[int]:
+    """The token ids after which the target is to follow."""
+    return tokenizer(source + "\n")["input_ids"]
+
+
+def collate_pairs(batch: Encoded, device: torch.device) -> dict[str, Tensor]:
+    """ids, mask and labels [examples, tokens]; sources and padding carry no loss."""
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.int64)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (tokens, given) in enumerate(batch):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+        labels[row, given : len(tokens)] = ids[row, given : len(tokens)]
+    tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def fetch_reviews(cache: Path) -> Path:

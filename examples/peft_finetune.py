@@ -37,31 +37,6 @@ LOSS_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}  # merging rounds to the base's dtype
 UNPATCHED, PATCHED = "PEFT", "PEFT, patched"
 
-Encoded = list[tuple[list[int], int]]  # token ids of every example, and how many are its source
-
-
-def encode(pairs: list[data.Pair], tokenizer: object) -> Encoded:
-    """`source\\ntarget<eos>` as token ids; the source is given, the target learnt."""
-    encoded = []
-    for source, target in pairs:
-        given = tokenizer(source + "\n")["input_ids"]
-        learnt = tokenizer(target)["input_ids"] + [tokenizer.eos_token_id]
-        encoded.append(((given + learnt)[:MAX_TOKENS], len(given)))
-    return encoded
-
-
-def collate(batch: Encoded, device: torch.device) -> dict[str, Tensor]:
-    """ids, mask and labels [examples, tokens]; sources and padding carry no loss."""
-    width = max(len(ids) for ids, _ in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (tokens, given) in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = 1
-        labels[row, given : len(tokens)] = ids[row, given : len(tokens)]
-    batch_tensors = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch_tensors.items()}
-
 
 @dataclass
 class Run:
@@ -103,17 +78,21 @@ class PeakMemory:
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Encoded, size: int, device: torch.device) -> float:
+def held_out_loss(
+    model: nn.Module, examples: data.Encoded, size: int, device: torch.device
+) -> float:
     model.eval()
     batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return statistics.mean(model(**collate(batch, device)).loss.item() for batch in batches)
+    return statistics.mean(
+        model(**data.collate_pairs(batch, device)).loss.item() for batch in batches
+    )
 
 
 def train(
     name: str,
     model: nn.Module,
-    batches: list[Encoded],
-    held_out: Encoded,
+    batches: list[data.Encoded],
+    held_out: data.Encoded,
     lr: float,
     device: torch.device,
 ) -> Run:
@@ -124,7 +103,7 @@ def train(
     losses, seconds, memory = [], [], PeakMemory(device)
     for step, batch in enumerate(batches, start=1):
         start = time.perf_counter()
-        loss = model(**collate(batch, device)).loss
+        loss = model(**data.collate_pairs(batch, device)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -179,8 +158,8 @@ def finetune(args: argparse.Namespace) -> int:
     """Do the two runs and the round trip of the adapter; return 0 if all agree, else 1."""
     device = torch.device(args.device)
     base, tokenizer = load_base(args)
-    train_set = encode(data.load_pairs(args.data / "valid.txt"), tokenizer)
-    held_out = encode(data.load_pairs(args.data / "test.txt"), tokenizer)
+    train_set = data.encode_pairs(data.load_pairs(args.data / "valid.txt"), tokenizer, MAX_TOKENS)
+    held_out = data.encode_pairs(data.load_pairs(args.data / "test.txt"), tokenizer, MAX_TOKENS)
     held_out = held_out[:: max(1, len(held_out) // args.held_out)][: args.held_out]
     rng = random.Random(args.seed)
     size = min(args.batch_size, len(train_set))
@@ -203,7 +182,7 @@ def finetune(args: argparse.Namespace) -> int:
     routes = Counter(line.split(": ", 1)[1] for line in fused_peft.explain(model).splitlines())
     print("\n".join(f"{count} x {text}" for text, count in routes.items()))
 
-    inputs = collate(held_out[:4], device)
+    inputs = data.collate_pairs(held_out[:4], device)
     with torch.no_grad():
         logits = model.eval()(**inputs).logits
     with tempfile.TemporaryDirectory() as scratch:

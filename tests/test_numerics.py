@@ -168,13 +168,13 @@ def test_gradcheck_on_aten_in_fp64(needs, dropout_p, device):
 @pytest.mark.parametrize("needs", SUBSETS, ids=lambda s: "-".join(s) or "nothing")
 def test_only_the_needed_gradients_are_computed_and_right(needs, backend, monkeypatch, device):
     computed = []
-    backward = ops.backward
+    backward = ops._kernels[ops.backward]
 
     def counted(*args):
         computed.append(backward(*args))
         return computed[-1]
 
-    monkeypatch.setattr(ops, "backward", counted)
+    monkeypatch.setitem(ops._kernels, ops.backward, counted)
     case = make_case(33, 50, 70, 3, FP32, device=device)
     ours = results(partial(lora_linear, backend=backend), case, needs)
     assert violations(ours, case) == []

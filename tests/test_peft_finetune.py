@@ -113,7 +113,7 @@ def test_pairs_are_source_bars_target_and_a_malformed_line_is_named(tmp_path):
 
 
 def test_sources_and_padding_carry_no_loss():
-    batch = example.collate([([5, 6, 7], 1), ([8, 9], 1)], torch.device("cpu"))
+    batch = data.collate_pairs([([5, 6, 7], 1), ([8, 9], 1)], torch.device("cpu"))
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
@@ -144,6 +144,45 @@ def test_the_model_is_downloaded_once_and_with_its_hash(tmp_path, monkeypatch):
     (folder / data.SMOLLM2_FILE).unlink()
     with pytest.raises(FileNotFoundError, match="delete that folder and run again"):
         data.fetch_smollm2(tmp_path)
+
+
+def test_the_packed_model_is_unpacked_once_into_an_ordinary_folder(tiny, tmp_path, monkeypatch):
+    """Stands in for a GGUF file: what is loaded says that it is packed, and cannot be saved."""
+    import transformers
+
+    packed, calls = Path(tiny[1]), []
+    plain = {
+        kind: getattr(transformers, kind).from_pretrained
+        for kind in ("AutoModelForCausalLM", "AutoTokenizer")
+    }
+
+    def load(kind):
+        def from_pretrained(
+            folder, *, gguf_file, local_files_only, quantization_config=None, **more
+        ):
+            assert quantization_config is None or quantization_config.dequantize
+            calls.append(kind)
+            loaded = plain[kind](folder, **more)
+            if kind == "AutoModelForCausalLM":
+                loaded.config.quantization_config = {"quant_method": "gguf"}
+                loaded.save_pretrained = None
+            return loaded
+
+        return from_pretrained
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "fetch_smollm2", lambda cache: packed)
+        for kind in plain:
+            patched.setattr(getattr(transformers, kind), "from_pretrained", load(kind))
+        folder = data.fetch_smollm2_dequantised(tmp_path)
+        assert data.fetch_smollm2_dequantised(tmp_path) == folder and len(calls) == 2
+    model = plain["AutoModelForCausalLM"](folder)
+    expected = plain["AutoModelForCausalLM"](packed, dtype=torch.bfloat16).state_dict()
+    assert model.dtype == torch.bfloat16 and not hasattr(model.config, "quantization_config")
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="delete it and run again"):
+        data.fetch_smollm2_dequantised(tmp_path)
 
 
 def test_the_real_model_trains_on_the_real_data(tmp_path):
