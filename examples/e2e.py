@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 import fused_lora
-from fused_lora.model import find_targets
+from fused_lora.places import find_targets
 
 TARGETS: dict[str, str | list[str]] = {
     "q": ["q_proj"],
