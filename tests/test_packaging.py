@@ -92,7 +92,7 @@ def test_the_wheel_asks_for_torch_triton_and_numpy_alone(wheel):
     ]
     assert "sys_platform" in required[1]
     assert fields["Requires-Python"] == ">=3.10"
-    extras = {"test", "bench", "adapters", "quantized", "peft", "trl", "examples"}
+    extras = {"test", "bench", "adapters", "quantized", "peft", "trl", "examples", "metrics"}
     assert set(fields.get_all("Provides-Extra")) == extras
 
 
