@@ -9,6 +9,7 @@ C compiler. On a GPU, `latency.py` reports the real host time.
 
 import argparse
 import ctypes
+import datetime
 import json
 import os
 import platform
@@ -84,11 +85,12 @@ def microseconds(call) -> float:
     return statistics.median(means)
 
 
-def measure_path(path: str, tokens: int, device: str = "cpu", goes_deeper: bool = False) -> dict:
-    """Microseconds of the module's forward with gradients recorded, and of the function without.
+def measure_path(path: str, tokens: int, device: str = "cpu") -> dict:
+    """Microseconds of the module's forward with gradients recorded, and of the function without;
+    of the operator, called through torch's dispatcher, and of the allocations and launches alone
+    that it replays.
 
-    path: one of config.PATHS, or "aten". goes_deeper: also of the operator below the function, and
-    of the launches alone that it replays: the rest of it is dispatch and allocation.
+    path: one of config.PATHS, or "aten", which has nothing to replay.
     """
     import torch
 
@@ -104,7 +106,7 @@ def measure_path(path: str, tokens: int, device: str = "cpu", goes_deeper: bool 
     row = {"path": path, "module_forward_us": microseconds(lambda: layer(x))}
     with torch.no_grad():
         row["function_no_grad_us"] = microseconds(lambda: lora_linear(x, *tensors, backend=backend))
-        if not goes_deeper:
+        if path == "aten":
             return row
         tape.forget()
         given = dict(zip(("x", "weight", "lora_A", "lora_B"), (x, *tensors), strict=True))
@@ -120,24 +122,25 @@ def measure_path(path: str, tokens: int, device: str = "cpu", goes_deeper: bool 
 
 
 def measure() -> dict:
+    import machine
     import torch
     import triton
 
     torch.set_num_threads(1)
+    meta = {
+        "what": "host time over a stubbed driver: no GPU, nothing runs",
+        "date": datetime.date.today().isoformat(),
+        "cpu": machine.device_name(torch.device("cpu")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **machine.commit(),
+    }
     rows = [
         measure_path(path, tokens)
         for path, tokens in (("pdl", 256), ("serial", 256), ("decode", 16), ("portable", 256))
     ]
-    return {
-        "meta": {
-            "what": "host time over a stubbed driver: no GPU, nothing runs",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cpu": platform.processor() or platform.machine(),
-        },
-        "rows": rows,
-    }
+    return {"meta": meta, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def describe(device: torch.device, dtype: str) -> dict[str, Any]:
         "triton": _version("triton"),
         "peft": _version("peft"),
         "python": platform.python_version(),
-        **_commit(),
+        **commit(),
         "copy_gbs": round(peaks.copy_gbs, 1),
         "gemm_tflops": round(peaks.gemm_tflops, 3),
         "peak_dtype": dtype,
@@ -122,15 +122,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> dict[str, Any]:
+def commit() -> dict[str, Any]:
     """Commit and whether the sources differ from it; earlier result files do not count."""
-    commit = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
-    if commit is None:
+    head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+    if head is None:
         return {"commit": None, "dirty": None}
     changes = _output(
         ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"]
     )
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)}
+    return {"commit": head, "dirty": None if changes is None else bool(changes)}
 
 
 def _gpu_state(properties: Any) -> dict[str, Any]:
