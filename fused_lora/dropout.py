@@ -16,6 +16,10 @@ COLUMNS_PER_CALL = 8
 _LOW = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_CALLS_AT_ONCE = 2**15
+
+_GATHER = 0x0102040810204080
+"""Times an int64 of eight bytes, each 0 or 1, it gathers them in the highest: byte j as bit j."""
 
 
 def threshold(p: float) -> int:
@@ -36,12 +40,17 @@ def packed_columns(columns: int) -> int:
 
 def packed_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     """The mask as bits, uint8 [rows, ceil(columns / 8)]: bit j of byte i is column 8 i + j."""
-    words = _philox(seed, rows, packed_columns(columns))
-    limit = threshold(p)
-    packed = torch.zeros_like(words[0], dtype=torch.uint8)
-    for index, word in enumerate(words):
-        for half, value in enumerate((word & 0xFFFF, word >> 16)):
-            packed |= (value >= limit).to(torch.uint8) << (2 * index + half)
+    calls = packed_columns(columns)
+    packed = torch.empty((rows, calls), dtype=torch.uint8, device=seed.device)
+    # on a CPU in pieces that stay in its cache
+    height = max(1, _CALLS_AT_ONCE // max(1, calls)) if seed.device.type == "cpu" else max(1, rows)
+    for first in range(0, rows, height):
+        part = packed[first : first + height]
+        words = torch.stack(_philox(seed, first, len(part), calls), -1).to(torch.int32)
+        # eight unsigned halves a call, compared as signed ones
+        halves = words.view(torch.int16).bitwise_xor_(-(2**15))
+        bytes_of_0_or_1 = (halves >= threshold(p) - 2**15).view(torch.int64).squeeze(-1)
+        part.copy_((bytes_of_0_or_1 * _GATHER) >> 56)
     return packed
 
 
@@ -57,24 +66,17 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     return unpack(packed_mask(seed, rows, columns, p), columns)
 
 
-def _philox(seed: Tensor, rows: int, calls: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four uint32 words (held in int64) [rows, calls] for counters (call, row, 0, 0)."""
-    device = seed.device
-    c0 = torch.arange(calls, dtype=torch.int64, device=device).expand(rows, calls)
-    c1 = torch.arange(rows, dtype=torch.int64, device=device).unsqueeze(1).expand(rows, calls)
-    c2 = c3 = torch.zeros_like(c0)
+def _philox(seed: Tensor, first: int, rows: int, calls: int) -> list[Tensor]:
+    """Four uint32 words (held in int64) [rows, calls] for counters (call, first + row, 0, 0)."""
+    c0 = torch.arange(calls, device=seed.device)
+    c1 = torch.arange(first, first + rows, device=seed.device).unsqueeze(1)
+    c2 = c3 = torch.zeros((), dtype=torch.int64, device=seed.device)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):
-        high_b, low_b = _multiply(_ROUND_B, c2)
-        high_a, low_a = _multiply(_ROUND_A, c0)
-        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
-        k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
-    return c0, c1, c2, c3
-
-
-def _multiply(constant: int, value: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a 32 x 32 bit product, in int64 without overflow."""
-    low = constant * (value & 0xFFFF)  # < 2^48
-    high = constant * (value >> 16)  # < 2^48
-    middle = (low >> 16) + (high & 0xFFFF)  # < 2^33
-    return (high >> 16) + (middle >> 16), ((middle << 16) | (low & 0xFFFF)) & _LOW
+        # 32 x 32 bit products, whose 64 bits wrap round into int64; what stands above the low 32
+        # bits of a word is cut off before it would matter, in the next product and at the end
+        product_a, product_b = (c0 & _LOW) * _ROUND_A, (c2 & _LOW) * _ROUND_B
+        c0, c1 = (product_b >> 32) ^ c1 ^ k0, product_b
+        c2, c3 = (product_a >> 32) ^ c3 ^ k1, product_a
+        k0, k1 = k0 + _KEY_A, k1 + _KEY_B
+    return [word & _LOW for word in (c0, c1, c2, c3)]

@@ -56,10 +56,10 @@ def test_philox_gives_the_published_known_answers(word, answer):
 
 def test_the_library_draws_philox_words():
     zero = torch.tensor(0)
-    first = [int(word[0, 0]) for word in dropout._philox(zero, 1, 1)]
+    first = [int(word[0, 0]) for word in dropout._philox(zero, 0, 1, 1)]
     assert first == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     for seed in (-1, 2**40 + 3, -(2**63)):
-        words = dropout._philox(torch.tensor(seed), 3, 4)
+        words = dropout._philox(torch.tensor(seed), 0, 3, 4)
         key = seed & ALL_ONES, (seed >> 32) & ALL_ONES
         for row in range(3):
             for call in range(4):
@@ -72,6 +72,13 @@ def test_the_library_draws_philox_words():
 def test_the_mask_is_the_specified_one(seed, p, device):
     mask = dropout.keep_mask(torch.tensor(seed, device=device), 9, 21, p)
     assert torch.equal(mask.cpu(), specified_mask(seed, 9, 21, p))
+
+
+@pytest.mark.parametrize("at_once", (1, 3, 8, 26))
+def test_a_mask_drawn_in_pieces_is_the_same(at_once, monkeypatch):
+    monkeypatch.setattr(dropout, "_CALLS_AT_ONCE", at_once)
+    mask = dropout.keep_mask(torch.tensor(7), 9, 21, 0.3)
+    assert torch.equal(mask, specified_mask(7, 9, 21, 0.3))
 
 
 @pytest.mark.parametrize("p", P)
