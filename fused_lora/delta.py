@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fused_lora import dropout, ops
-from fused_lora.functional import BACKENDS
+from fused_lora.functional import checked_options
 from fused_lora.scale import Scale, padded_rank
 
 
@@ -50,27 +50,12 @@ def lora_delta(
             on a view or on a leaf that requires grad.
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
-    _check(base_output, x, lora_A, lora_B, scaling, dropout_p, backend)
+    _check(base_output, x, lora_A, lora_B)
     if in_place:
         _check_writable(base_output)
-    if backend == "triton" and not torch.compiler.is_compiling():
-        ops.require_triton(base_output)
-    factor, scaling_tensor = 1.0, None
-    if isinstance(scaling, Tensor):
-        scaling_tensor = scaling.to(x.device, torch.float32)
-    else:
-        factor = float(scaling)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        seed = dropout.draw_seed(x.device)
-
-    N, K = lora_B.shape[0], lora_A.shape[1]
-    rows = x.to(base_output.dtype).reshape(-1, K)  # [M, K]
-    options = (factor, scaling_tensor, dropout_p, seed, backend)
-    out = _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place)
-    assert out.shape[-1] == N
-    return out
+    options = checked_options(base_output, scaling, dropout_p, seed, backend)
+    rows = x.to(base_output.dtype).reshape(-1, lora_A.shape[1])  # [M, K]
+    return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place)
 
 
 class _LoRADelta(torch.autograd.Function):
@@ -249,15 +234,7 @@ ops.register(delta_, _delta_, _delta_in_place_fake)
 ops.register(delta_backward, _delta_backward, _delta_backward_fake)
 
 
-def _check(
-    base_output: Tensor,
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float | Tensor,
-    dropout_p: float,
-    backend: str,
-) -> None:
+def _check(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
     named = {"base_output": base_output, "x": x, "lora_A": lora_A, "lora_B": lora_B}
     for name, tensor in named.items():
         if type(tensor).__name__ == "DTensor":
@@ -281,15 +258,6 @@ def _check(
         raise ValueError(
             "expected base_output [..., N], x [..., K] with the same leading dimensions, lora_A "
             f"[r, K], lora_B [N, r] with r >= 1: got {shapes}"
-        )
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
-    if isinstance(scaling, Tensor) and (scaling.dim() != 0 or scaling.requires_grad):
-        raise ValueError(
-            "scaling must be a number or a 0-dim tensor that does not require grad: got "
-            f"{scaling!r}"
         )
 
 

@@ -48,25 +48,9 @@ def lora_linear(
         ValueError: shapes or devices do not fit, dropout_p or backend is out of range.
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    _check_tensors(x, weight, lora_A, lora_B, bias, autocast)
-    _check_options(x, scaling, dropout_p, seed, backend)
-    factor, scaling_tensor = 1.0, None
-    if isinstance(scaling, Tensor):
-        scaling_tensor = scaling.to(x.device, torch.float32)
-    else:
-        factor = float(scaling)
-    if dropout_p == 0.0:
-        seed = None
-    elif seed is None:
-        if backend == "triton" and not torch.compiler.is_compiling():
-            ops.require_triton(x)  # a refused call draws no seed
-        seed = dropout.draw_seed(x.device)
-
-    options = (factor, scaling_tensor, dropout_p, seed, backend)
+    x, autocast = autocasted(x)
+    check_tensors(x, weight, lora_A, lora_B, bias, autocast)
+    options = checked_options(x, scaling, dropout_p, seed, backend)
     return run(x, weight, lora_A, lora_B, bias, options)
 
 
@@ -80,7 +64,7 @@ def run(
     adapters: tuple[Tensor, ...] = (),
 ) -> Tensor:
     """The operator on checked arguments, recorded for backward where a gradient may be asked for.
-    options: as `LoRALinearFunction` takes them, from scaling on; adapters: those of a pack."""
+    options: what `checked_options` returns; adapters: those of a pack."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
@@ -98,7 +82,16 @@ def run(
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _check_tensors(
+def autocasted(x: Tensor) -> tuple[Tensor, bool]:
+    """x in autocast's dtype where one is on, and whether one is."""
+    device_type = x.device.type
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device_type))
+    return x, autocast
+
+
+def check_tensors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast: bool
 ) -> None:
     device = x.device
@@ -162,24 +155,40 @@ def _check_tensors(
             )
 
 
-def _check_options(
+def checked_options(
     x: Tensor, scaling: float | Tensor, dropout_p: float, seed: Tensor | None, backend: str
-) -> None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
+) -> tuple[float, Tensor | None, float, Tensor | None, str]:
+    """What `LoRALinearFunction` takes from scaling on: scaling as a number and a tensor, dropout_p,
+    a seed where there is dropout (drawn unless given), backend. A refused call draws no seed."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
+    factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:
             raise ValueError(f"scaling must be a number or a 0-dim tensor: got {_shape(scaling)}")
         if scaling.requires_grad:
             raise ValueError("scaling requires grad, which is not supported: pass scaling.detach()")
+        scaling_tensor = scaling.to(x.device, torch.float32)
+    else:
+        factor = float(scaling)
+    if seed is not None:
+        _check_seed(seed, x.device)
+    if dropout_p == 0.0:
+        return factor, scaling_tensor, dropout_p, None, backend
     if seed is None:
-        return
-    expected = f"seed must be a 0-dim int64 tensor on {x.device}"
+        if backend == "triton" and not torch.compiler.is_compiling():
+            ops.require_triton(x)
+        seed = dropout.draw_seed(x.device)
+    return factor, scaling_tensor, dropout_p, seed, backend
+
+
+def _check_seed(seed: Tensor, device: torch.device) -> None:
+    expected = f"seed must be a 0-dim int64 tensor on {device}"
     if not isinstance(seed, Tensor):
         raise TypeError(f"{expected}: got {seed!r}; make it torch.tensor({seed!r})")
-    if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device:
+    if seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != device:
         raise ValueError(f"{expected}: got {_shape(seed)} {seed.dtype} on {seed.device}")
 
 

@@ -125,10 +125,9 @@ class LoRALayer(nn.Module):
         """Copy another adapter, lora_A [r, in] and lora_B [out, r] of any rank, into the layer, in
         the dtype and on the device of its own. The Parameters stay the same objects if the rank
         does. lora_dropout None keeps the layer's. A merged layer is merged with the new adapter
-        afterwards. Raises ValueError for shapes that do not fit, RuntimeError if the base weight
-        was let go or the layer is sharded."""
-        if self.merged:
-            raise RuntimeError("the layer is merged: call unmerge() before set_adapter()")
+        afterwards, and keeps its base weight as before. Raises ValueError for shapes that do not
+        fit and options out of range, TypeError for tensors that are not floating, RuntimeError if
+        the base weight was let go or the layer is sharded; then nothing has changed."""
         if type(self.lora_A).__name__ == "DTensor":
             raise RuntimeError(
                 "lora_A and lora_B are sharded: set an adapter before fully_shard or "
@@ -141,6 +140,14 @@ class LoRALayer(nn.Module):
                 f"lora_A and lora_B must be [r, {self.in_features}] and [{self.out_features}, r]: "
                 f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
             )
+        for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+            if not value.is_floating_point():
+                raise TypeError(f"{name} has dtype {value.dtype}, expected a floating dtype")
+        p = self.lora_dropout if lora_dropout is None else lora_dropout
+        check_adapter_options(r=r, lora_alpha=lora_alpha, lora_dropout=p)
+        merged_by = self._merge_arguments()
+        if merged_by is not None:
+            self.unmerge()
         with torch.no_grad():
             for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
                 own = getattr(self, name)
@@ -150,9 +157,14 @@ class LoRALayer(nn.Module):
                     device = value.device if own.is_meta else own.device
                     new = value.to(device, own.dtype, copy=True)
                     setattr(self, name, nn.Parameter(new, requires_grad=own.requires_grad))
-        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.lora_dropout = self.lora_dropout if lora_dropout is None else lora_dropout
+        self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, lora_alpha, use_rslora, p
         self.adapters_ready = True
+        if merged_by is not None:
+            self.merge(**merged_by)
+
+    def _merge_arguments(self) -> dict[str, Any] | None:
+        """What `merge` was called with, None if the layer is not merged."""
+        raise NotImplementedError
 
     def snapshot(self) -> dict[str, Any]:
         """What `restore` needs to undo any of `set_adapter`, `merge` and `unmerge`."""

@@ -282,14 +282,9 @@ class FusedLoRALinear(LoRALayer):
     def has_base(self) -> bool:
         return not self._merged or self._base is not None
 
-    def set_adapter(self, lora_A: Tensor, lora_B: Tensor, **options: Any) -> None:
-        keep: bool | Literal["cpu"] = True if isinstance(self._base, nn.Parameter) else "cpu"
-        if self._merged:
-            self.unmerge()
-            super().set_adapter(lora_A, lora_B, **options)
-            self.merge(keep)
-        else:
-            super().set_adapter(lora_A, lora_B, **options)
+    def _merge_arguments(self) -> dict[str, Any] | None:
+        keep = True if isinstance(self._base, nn.Parameter) else "cpu"
+        return {"keep_base": keep} if self._merged else None
 
     def snapshot(self) -> dict[str, Any]:
         base = {"weight": self.weight, "base": self._base, "merged": self._merged}

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fused_lora import dropout, ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
-from fused_lora.functional import BACKENDS, _check_options, _check_tensors, run
+from fused_lora.functional import BACKENDS, autocasted, check_tensors, checked_options, run
 from fused_lora.linear import is_conv1d
 
 
@@ -50,25 +49,20 @@ def multi_lora_linear(
     Adapters are isolated from each other for finite values: zero times infinity is not zero, so an
     adapter that is not finite spoils its neighbours' tokens, which is why a pack refuses it.
     """
-    device_type = x.device.type
-    autocast = torch.is_autocast_enabled(device_type)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
-    _check_tensors(x, weight, pack.lora_A, pack.lora_B, bias, autocast)
-    _check_options(x, 1.0, dropout_p, seed, backend)
+    x, autocast = autocasted(x)
+    check_tensors(x, weight, pack.lora_A, pack.lora_B, bias, autocast)
     ids = _ids_of_tokens(adapter_ids, x)
-    if backend == "triton" and not torch.compiler.is_compiling():
-        ops.require_triton(x)
-    if dropout_p > 0.0 and seed is None:
-        seed = dropout.draw_seed(x.device)
-    if dropout_p == 0.0:
-        seed = None
-    options = (1.0, None, dropout_p, seed, backend)
+    options = checked_options(x, 1.0, dropout_p, seed, backend)
     return run(x, weight, pack.lora_A, pack.lora_B, bias, options, pack.for_tokens(ids))
 
 
 def _ids_of_tokens(adapter_ids: Tensor, x: Tensor) -> Tensor:
     """int32 [M], contiguous."""
+    if not isinstance(adapter_ids, Tensor):
+        raise TypeError(
+            f"adapter_ids is a {type(adapter_ids).__name__}, expected a tensor of int32: pass "
+            "pack.ids([...])"
+        )
     leading = x.shape[:-1]
     shape = adapter_ids.shape
     if adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
@@ -82,7 +76,9 @@ def _ids_of_tokens(adapter_ids: Tensor, x: Tensor) -> Tensor:
             f"adapter_ids has shape {tuple(shape)}, expected one id per token {tuple(leading)} or "
             f"per sequence, a beginning of that shape: got x {tuple(x.shape)}"
         )
-    spread = adapter_ids.reshape(*shape, *(1,) * (len(leading) - len(shape))).expand(leading)
+    if adapter_ids.dtype == torch.int64:  # an id beyond int32 stays one that no adapter has
+        adapter_ids = adapter_ids.clamp(-2, 2**31 - 1)
+    spread = adapter_ids.reshape((*shape, *(1,) * (len(leading) - len(shape)))).expand(leading)
     return spread.to(torch.int32).reshape(-1).contiguous()
 
 

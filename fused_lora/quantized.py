@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fused_lora import dropout, ops
+from fused_lora import ops
 from fused_lora.delta import lora_delta
+from fused_lora.functional import checked_options
 from fused_lora.layer import InitLoRA, LoRALayer
 
 
@@ -137,12 +138,12 @@ class QuantizedLoRALinear(LoRALayer):
     def _dequantise(self, x: Tensor, dropout_p: float) -> Tensor:
         weight: Any = self.base_layer.weight
         computed = x.to(self.base_layer.compute_dtype or x.dtype)  # type: ignore[arg-type]
-        if self.backend == "triton" and not torch.compiler.is_compiling():
-            ops.require_triton(computed)
-        seed = dropout.draw_seed(x.device) if dropout_p > 0.0 else None
+        scaling, _, p, seed, backend = checked_options(
+            computed, self.scaling, dropout_p, None, self.backend
+        )
         rows = computed.reshape(-1, self.in_features)  # [M, K]
         # inside of the Function grad mode is off: whether backward follows is known here
-        options = (self.scaling, dropout_p, seed, self.backend, torch.is_grad_enabled())
+        options = (scaling, p, seed, backend, torch.is_grad_enabled())
         tensors = (rows, weight.data, weight.quant_state, self.lora_A, self.lora_B, self.bias)
         y = _Dequantised.apply(*tensors, *options)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
@@ -205,13 +206,12 @@ class QuantizedLoRALinear(LoRALayer):
         self._set_base(None)
         return self
 
-    def set_adapter(self, lora_A: Tensor, lora_B: Tensor, **options: Any) -> None:
-        was_merged = self.merged
-        if was_merged:
-            self.unmerge()
-        super().set_adapter(lora_A, lora_B, **options)
-        if was_merged:
-            self.merge(requantise=True)
+    def _merge_arguments(self) -> dict[str, Any] | None:
+        if not self.merged:
+            return None
+        kept = self._base is not None and next(self._base.parameters()).device
+        moved = kept and kept != self.lora_A.device
+        return {"keep_base": "cpu" if moved else True, "requantise": True}
 
     def base_module(self) -> nn.Module:
         return self.base_layer

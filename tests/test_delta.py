@@ -225,6 +225,8 @@ def test_it_compiles_without_a_graph_break(device):
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\): got 1.0"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, aten"),
         ({"scaling": torch.ones(2)}, ValueError, "scaling must be a number or a 0-dim tensor"),
+        ({"seed": 5, "dropout_p": 0.1}, TypeError, "seed must be a 0-dim int64 tensor on cpu"),
+        ({"seed": torch.ones(1), "dropout_p": 0.1}, ValueError, "seed must be a 0-dim int64"),
         ({"base_output": torch.randn(8, 48)[:7]}, ValueError, "is a view of another tensor"),
         ({"base_output": torch.randn(7, 48, requires_grad=True)}, ValueError, "is a leaf"),
     ],

@@ -113,3 +113,37 @@ def test_to_linear_and_delta_weight_hold_scaling_times_b_a():
         linear.weight.zero_()
         linear.bias.zero_()
     assert_unchanged(layer, before)
+
+
+@pytest.mark.parametrize("keep_base", KEEP_BASE)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"lora_B": torch.zeros(N + 1, R)}, ValueError, "lora_A and lora_B must be"),
+        ({"lora_A": torch.zeros(R, K, dtype=torch.int64)}, TypeError, "lora_A has dtype"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be a finite number: got nan"),
+        ({"lora_dropout": 3.0}, ValueError, r"lora_dropout must be in \[0, 1\): got 3.0"),
+    ],
+    ids=["shape", "dtype", "alpha", "dropout"],
+)
+def test_an_adapter_that_is_refused_leaves_the_layer_merged(change, error, message, keep_base):
+    layer = make().merge(keep_base)
+    before = snapshot(layer)
+    given = {"lora_A": torch.zeros(R, K), "lora_B": torch.zeros(N, R), "lora_alpha": 1}
+    with pytest.raises(error, match=message):
+        layer.set_adapter(**(given | change))
+    assert_unchanged(layer, before)
+    assert layer.merged
+
+
+@pytest.mark.parametrize("keep_base", [True, "cpu"])
+def test_a_merged_layer_is_merged_with_the_next_adapter_and_keeps_its_base(keep_base):
+    layer, other = make(), make(lora_alpha=5)
+    base = layer.weight
+    layer.merge(keep_base).set_adapter(other.lora_A, other.lora_B, lora_alpha=5)
+    expected = FusedLoRALinear.from_linear(nn.Linear(K, N), r=R, lora_alpha=5)
+    expected.load_state_dict({"weight": base, "bias": layer.bias}, strict=True)
+    expected.set_adapter(other.lora_A, other.lora_B, lora_alpha=5)
+    assert layer.merged and torch.equal(layer.weight, expected.merge().weight)
+    assert (layer.unmerge().weight is base) == (keep_base is True)
+    assert torch.equal(layer.weight, base)

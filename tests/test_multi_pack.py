@@ -179,7 +179,10 @@ def test_ids_of_a_wrong_shape_or_dtype_are_refused():
     pack, (x, weight) = AdapterPack(K, N, total_rank=16), inputs(6)
     pack.add("a", *factors(3))
     for ids, error, message in (
+        ([0] * 6, TypeError, "adapter_ids is a list, expected a tensor of int32"),
         (torch.zeros(6), TypeError, "adapter_ids is torch.float32, expected int32"),
+        (torch.full((6,), 2**32), ValueError, "holds 2147483647, expected -1"),
+        (torch.full((6,), -(2**32)), ValueError, "holds -2, expected -1"),
         (torch.zeros(6, dtype=torch.bool), TypeError, "expected int32"),
         (torch.zeros(5, dtype=torch.int32), ValueError, r"has shape \(5,\), expected one id per"),
         (torch.zeros(6, 1, dtype=torch.int32), ValueError, "has shape"),
@@ -187,6 +190,18 @@ def test_ids_of_a_wrong_shape_or_dtype_are_refused():
     ):
         with pytest.raises(error, match=message):
             multi_lora_linear(x, weight, pack, ids)
+
+
+def test_one_token_without_leading_dimensions_and_the_meta_device():
+    pack, (x, weight) = AdapterPack(K, N, total_rank=16), inputs(6)
+    pack.add("a", *factors(3))
+    y = multi_lora_linear(x, weight, pack, torch.tensor([0, -1, 0, -1, -1, -1]))
+    for row, adapter in ((0, 0), (1, -1)):
+        single = multi_lora_linear(x[row], weight, pack, torch.tensor(adapter))
+        torch.testing.assert_close(single, y[row])
+    pack, ids = AdapterPack(K, N, total_rank=16, device="meta"), torch.zeros(6, dtype=torch.int32)
+    y = multi_lora_linear(x.to("meta"), weight.to("meta"), pack, ids.to("meta"))
+    assert y.is_meta and y.shape == (6, N)
 
 
 @pytest.mark.parametrize("ids_dtype", (torch.int32, torch.int64))

@@ -156,7 +156,7 @@ def patch(
     Raises:
         ValueError: there is no LoRA layer in `model`, or an option is unknown.
     """
-    _check_options(backend, compute_dtype)
+    check_options(backend, compute_dtype)
     fused, left = [], {}
     for name, layer in _lora_layers(model):
         reason = _why_left(layer)
@@ -180,7 +180,7 @@ def unpatch(model: nn.Module) -> None:
 def enable(*, backend: str = "auto", compute_dtype: ComputeDtype = "base") -> None:
     """Patch every LoRA linear layer that is made from now on, in this process, until `disable()`.
     Options as in `patch`; layers that exist already are left alone."""
-    _check_options(backend, compute_dtype)
+    check_options(backend, compute_dtype)
     _enabled.update(backend=backend, compute_dtype=compute_dtype)
     lora.LoraLayer.__init__ = _init_and_patch  # type: ignore[method-assign]
 
@@ -460,7 +460,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from layers
 
 
-def _check_options(backend: str, compute_dtype: str) -> None:
+def check_options(backend: str, compute_dtype: str) -> None:
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
     if compute_dtype not in ("base", "peft"):

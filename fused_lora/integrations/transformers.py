@@ -26,7 +26,7 @@ class FusedLoRACallback(TrainerCallback):
     """
 
     def __init__(self, *, backend: str = "auto", compute_dtype: peft.ComputeDtype = "base") -> None:
-        peft._check_options(backend, compute_dtype)
+        peft.check_options(backend, compute_dtype)
         self.backend = backend
         self.compute_dtype: peft.ComputeDtype = compute_dtype
         self.report: peft.PatchReport | None = None
