@@ -16,7 +16,7 @@ endif
 OLD := .triton-$(OLDEST_TRITON)
 OLD_PEFT := .peft-$(OLDEST_PEFT)
 
-.PHONY: latency test test-gpu soak lint format clean
+.PHONY: latency test test-gpu test-gpu-slow soak lint format clean
 
 latency: $(READY)
 	$(PY) benchmarks/latency.py --quick
@@ -27,7 +27,10 @@ test: lint $(READY) $(OLD)/ready $(OLD_PEFT)/ready
 	PYTHONPATH=$(OLD_PEFT) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "peft and not slow"
 
 test-gpu:
-	$(PYTHON) -m pytest -m "gpu or kernels"
+	$(PYTHON) -m pytest -m "(gpu or kernels) and not slow"
+
+test-gpu-slow:
+	$(PYTHON) -m pytest -m "(gpu or kernels) and slow"
 
 soak: $(READY)
 	$(PY) -m pytest tests/test_soak.py -m "slow or not slow"

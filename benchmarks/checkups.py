@@ -5,9 +5,11 @@ compute-sanitizer --tool memcheck python benchmarks/checkups.py     every kernel
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -129,18 +131,22 @@ def _logged(
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "correct.log", "a") as log:
         print(f"\n$ {' '.join(command)}", file=log, flush=True)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
         try:
-            return subprocess.run(
-                command,
-                cwd=ROOT,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
-                timeout=min(seconds, PART_SECONDS),
-                check=False,
-            ).returncode
+            return process.wait(min(seconds, PART_SECONDS))
         except subprocess.TimeoutExpired:
             return None
+        finally:  # its children, too: they would disturb what comes next
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def _host() -> dict[str, Part]:

@@ -10,6 +10,7 @@ C compiler. On a GPU, `latency.py` reports the real host time.
 import argparse
 import ctypes
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 
 REPETITIONS, CALLS = 9, 1000
+LAYERS = 160  # of one shape, as a large model has
 
 
 def build_stub(folder: Path) -> ctypes.CDLL:
@@ -86,9 +88,9 @@ def microseconds(call) -> float:
 
 
 def measure_path(path: str, tokens: int, device: str = "cpu") -> dict:
-    """Microseconds of the module's forward with gradients recorded, and of the function without;
-    of the operator, called through torch's dispatcher, and of the allocations and launches alone
-    that it replays.
+    """Microseconds of the module's forward with gradients recorded, of one layer and of LAYERS in
+    turn, and of the function without; of the operator, called through torch's dispatcher, and of
+    the allocations and launches alone that it replays.
 
     path: one of config.PATHS, or "aten", which has nothing to replay.
     """
@@ -100,10 +102,15 @@ def measure_path(path: str, tokens: int, device: str = "cpu") -> dict:
     backend = "aten" if path == "aten" else "triton"
     config.PATH = "auto" if path == "aten" else path
     options = {"dtype": torch.bfloat16, "device": device}
-    layer = FusedLoRALinear(512, 512, bias=False, r=16, backend=backend, **options)
+    layers = [
+        FusedLoRALinear(512, 512, bias=False, r=16, backend=backend, **options)
+        for _ in range(LAYERS)
+    ]
+    layer, turn = layers[0], itertools.cycle(layers)
     x = torch.randn(tokens, 512, requires_grad=True, **options)
     tensors = (layer.weight, layer.lora_A, layer.lora_B)
     row = {"path": path, "module_forward_us": microseconds(lambda: layer(x))}
+    row["deep_model_forward_us"] = microseconds(lambda: next(turn)(x))
     with torch.no_grad():
         row["function_no_grad_us"] = microseconds(lambda: lora_linear(x, *tensors, backend=backend))
         if path == "aten":

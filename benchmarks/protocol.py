@@ -189,8 +189,9 @@ def _capture(calls: list[Call]) -> tuple[torch.cuda.CUDAGraph, int]:
     torch.cuda.current_stream().wait_stream(side)
 
     def captured(repeats: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        # the outer block gives the stream back where a failed capture does not
+        with torch.cuda.stream(stream), torch.cuda.graph(graph):
             for call in calls * repeats:
                 call()
         return graph

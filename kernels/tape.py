@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 INTERPRETING = triton.knobs.runtime.interpret
 MAX_TAPES = 8192
-MAX_MAPS = 64  # tensor maps kept per argument: the addresses a caching allocator goes through
+MAX_MAPS = 4096  # tensor maps kept per argument: one for each layer of this shape, and each buffer
 _tapes: dict[tuple, Tape] = {}
 _thread = threading.local()
 
@@ -182,9 +182,10 @@ class Launch:
             arguments[i] = arguments[i].at(addresses[slot])
         expanded = self._expanded(arguments)[-1]
         for i, slot, known in self.maps:
-            if len(known) >= MAX_MAPS:
-                known.clear()
-            known[addresses[slot]] = expanded[i]
+            if addresses[slot] not in known:
+                if len(known) >= MAX_MAPS:
+                    del known[next(iter(known))]  # the oldest
+                known[addresses[slot]] = expanded[i]
         return expanded
 
     def _expanded(self, arguments):

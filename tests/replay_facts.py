@@ -20,6 +20,7 @@ M, N, K, R = 256, 512, 384, 16
 BEHIND = "rank_grad behind dX"
 SEVERAL, SHARED_STORAGE = "several adapters", "two inputs share an address"
 TWO_TAPES = (SEVERAL, SHARED_STORAGE)
+MAPS = "tensor maps made again, by number of layers"
 
 
 class Launch(ctypes.Structure):
@@ -141,6 +142,29 @@ def facts(stub, path, tokens, options):
     return {"tapes": tapes, "replayed": replayed, "triton": run(*second, counts)}
 
 
+def encodings_of_later_rounds(layers):
+    """How often tensor maps are made when calls go through layers of one shape again and again."""
+    import torch
+
+    from fused_lora import ops
+    from fused_lora.kernels import config, tape
+
+    config.PATH, encoded, encode = "pdl", [], tape.Launch._encode
+    tape._allocate = Pool()
+    tape.forget()
+    given, _ = make_inputs(M)
+    weights = [torch.randn(N, K, dtype=torch.bfloat16) for _ in range(layers)]
+    tape.Launch._encode = lambda launch, addresses: encoded.append(1) or encode(launch, addresses)
+    for turn in range(3):
+        if turn == 2:
+            encoded.clear()
+        for weight in weights:
+            tape._allocate.next = 0
+            ops.forward(given[0], weight, *given[2:])
+    tape.Launch._encode = encode
+    return len(encoded)
+
+
 def kernel_parameters(launch):
     """How many parameters the kernel itself takes, without scratch memory."""
     kinds = launch.compiled.src.signature.values()
@@ -154,4 +178,6 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         stub = host_time.build_stub(Path(folder))
         host_time.use_stub()
-        print(json.dumps({name: facts(stub, *case) for name, case in cases().items()}))
+        found = {name: facts(stub, *case) for name, case in cases().items()}
+        found[MAPS] = {layers: encodings_of_later_rounds(layers) for layers in (1, 100)}
+        print(json.dumps(found))

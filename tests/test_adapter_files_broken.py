@@ -10,6 +10,9 @@ import struct
 
 import pytest
 import torch
+
+safetensors = pytest.importorskip("safetensors.torch")
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import assert_untouched, described, inputs, make, plain
@@ -18,7 +21,6 @@ import fused_lora
 from fused_lora import load_adapter, save_adapter
 from fused_lora.model import lora_layers
 
-safetensors = pytest.importorskip("safetensors.torch")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = PREFIX + "layers.0.q.lora_A.weight", PREFIX + "layers.0.q.lora_B.weight"

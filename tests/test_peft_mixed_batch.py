@@ -109,11 +109,11 @@ def test_tables_are_made_once_for_a_batch_of_the_same_adapters():
     model, x = three_adapters(), torch.randn(7, FIRST[0])
     fused.patch(model)
     adapter_pack._tables.cache_clear()
-    adapter_pack.ids_of_samples.cache_clear()
+    adapter_pack._ids_of_samples.cache_clear()
     for _ in range(3):
         lora_layer(model)(x, adapter_names=NAMES)
     assert adapter_pack._tables.cache_info().misses == 1
-    assert adapter_pack.ids_of_samples.cache_info().misses == 1
+    assert adapter_pack._ids_of_samples.cache_info().misses == 1
 
 
 def scaled_by_tensor(model):

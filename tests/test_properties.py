@@ -7,6 +7,8 @@ from functools import partial
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from shapes import BF16, DTYPES, FP16, FP32, PATHS, embedded, force_path

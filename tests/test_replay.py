@@ -55,3 +55,7 @@ def test_recorded_launches_carry_programmatic_dependence(facts):
     more = [a - b for a, b in zip(pdl, serial, strict=True)]
     assert more == [0, 1, 0, 1, 0]
     assert [a - b for a, b in zip(behind, serial, strict=True)] == [0, 1, 0, 1, 1]
+
+
+def test_the_layers_of_a_deep_model_keep_their_tensor_maps(facts):
+    assert facts[replay_facts.MAPS] == {"1": 0, "100": 0}
