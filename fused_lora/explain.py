@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora import ops
+from fused_lora.functional import autocasted
 from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import holds_peft_layers
@@ -18,10 +19,12 @@ DEFAULT_TOKENS = 4096
 
 
 def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
-    """One line per LoRA layer and direction: backend, path, launches, configuration, reason.
+    """A title for each LoRA layer, and under it a line for each direction: backend, path, launches,
+    configuration, reason.
 
     x [..., in_features] gives the number of tokens, dtype and device that the lines speak of;
-    without it, 4096 tokens in the weight's dtype on its device. Nothing is run.
+    without it, 4096 tokens in the weight's dtype on its device, under autocast in autocast's.
+    Nothing is run.
     Raises ValueError if there is no LoRA layer in the model.
     """
     layers = [
@@ -48,13 +51,16 @@ def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
         f"{name or 'layer'}: {layer.in_features} -> {layer.out_features}, r={layer.r}, on a "
         f"quantised base ({quantization_of(base)})"
     )
+    if not layer.adapter_enabled:
+        return f"{title}\n  the adapter is disabled: the base's own product"
     if layer.merged:
         return f"{title}\n  merged: the base's own product, nothing to add"
     given = layer.lora_A if x is None else x
     computed = getattr(base, "compute_dtype", None)  # of 4-bit layers
     if x is None and computed is not None:
         given = given.to(computed)
-    rows = given.new_empty((1, layer.in_features)).expand(DEFAULT_TOKENS, -1)
+    tokens = DEFAULT_TOKENS if x is None else x.numel() // max(1, x.shape[-1])
+    rows = given.new_empty((1, layer.in_features)).expand(tokens, -1)
     unable = ops.why_not_triton(rows)
     if layer.backend == "triton" and unable is not None:
         return f"{title}\n  backend='triton' cannot run: {unable}"
@@ -67,8 +73,10 @@ def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
 
 def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tensor | None) -> str:
     tokens = DEFAULT_TOKENS if x is None else x.numel() // max(1, x.shape[-1])
-    dtype = layer.weight.dtype if x is None else x.dtype
-    device = layer.weight.device if x is None else x.device
+    like = layer.weight if x is None else x
+    # one row is enough to ask about: only sizes, strides and the dtype matter
+    row, _ = autocasted(like.new_empty((1, layer.in_features)))
+    rows, dtype, device = row.expand(tokens, -1), row.dtype, row.device
     if isinstance(layer, MultiLoRALinear):
         r, held = layer.pack.total_rank, f"{len(layer.pack.names)} adapters, total "
         same_dtype = False  # the kernel that reads lora_A by a descriptor does not look at ids
@@ -79,22 +87,26 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
         f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, {held}r={r}, "
         f"{str(dtype).removeprefix('torch.')} on {device}"
     )
+    if isinstance(layer, FusedLoRALinear) and not layer.adapter_enabled:
+        return f"{title}\n  the adapter is disabled: the base's own product"
     if isinstance(layer, FusedLoRALinear) and layer.merged:
         return f"{title}\n  merged: one library product, nothing to fuse"
     if device.type == "meta":
         return f"{title}\n  on the meta device: nothing runs"
-    # one row is enough to ask about: only sizes, strides and the dtype matter
-    rows = torch.empty((1, layer.in_features), dtype=dtype, device=device).expand(tokens, -1)
     unable = ops.why_not_triton(rows)
     if layer.backend == "triton" and unable is not None:
         return f"{title}\n  backend='triton' cannot run: {unable}"
     backend = ops.resolve(layer.backend, rows, layer.out_features, r)
-    if backend == "aten":
-        why = unable or "auto: the faster one by the tables, or nothing is measured"
-        why = "asked for" if layer.backend == "aten" else why
-        return f"{title}\n  aten, 3 library products forward ({why})"
-    lines = [title]
     drawn = layer.lora_dropout > 0.0 and layer.training
+    if backend == "aten":
+        why = "auto: the faster one by the tables, or nothing is measured"
+        if layer.backend == "aten":
+            why = "asked for"
+        elif unable is not None:
+            why = unable.partition(":")[0]
+        mask = " and the dropout mask" if drawn else ""
+        return f"{title}\n  aten, 3 library products{mask} forward ({why})"
+    lines = [title]
     K, N = layer.in_features, layer.out_features
     addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
     adapter_rows = {"forward": K, "dX": r}

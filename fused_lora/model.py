@@ -139,8 +139,9 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
     """The adapters (and biases, as in `mark_only_lora_as_trainable`) of `model.state_dict()`, under
-    the same keys: `load_state_dict(..., strict=False)` takes it back. Tensors are not copied.
-    Raises ValueError for another bias or no LoRA layer."""
+    the keys of the model itself, without what torch.compile, DDP and checkpoint wrappers put in
+    front: `load_state_dict(..., strict=False)` of the model inside them (`_orig_mod`, `module`)
+    takes it back. Tensors are not copied. Raises ValueError for another bias or no LoRA layer."""
     state = {}
     for path, layer in require_layers(model).items():
         for name in ("lora_A", "lora_B"):

@@ -532,6 +532,7 @@ def _shrink_only(
     """S = scale * D(x) a^T with no product behind it; zeroes the counters."""
     device = _device(x.device)
     M, K = x.shape
+    # the tables know shrink in front of a product; alone it takes the tiles of a square one
     tiles = config.select("shrink", device, _bits(x), M, K, K, a.shape[0])
     programs = min(device.sm_count, -(-M // tiles.BLOCK_M))
     _shrink(x, a, S, tiles, programs, scale, pack, precision, draw=draw, counters=counters)

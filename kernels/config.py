@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 TUNED = Path(__file__).parent / "tuned"
 
-# How forward and dX are computed. "auto" lets `choose_path` decide; any other name forces that path
+# How forward and dX are computed. "auto" lets `_path` decide; any other name forces that path
 # wherever it can run, until measurements have settled which one each regime keeps.
 #   pdl       shrink, then the descriptor matmul started behind it (programmatic dependent launch)
 #   gluon     the same, the matmul written in Gluon (Hopper alone)
@@ -388,19 +388,15 @@ def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad
 
 
 @functools.lru_cache(maxsize=65536)
-def choose_backend(device: Device | None, bits: int, M: int, N: int, K: int, r: int) -> str:
-    """ "triton" or "aten" for backend="auto". device None: no GPU, or Triton cannot run.
+def choose_backend(device: Device, bits: int, M: int, N: int, K: int, r: int) -> str:
+    """ "triton" or "aten" for backend="auto" on a GPU.
 
     Where nothing is measured: triton for 16-bit dtypes on Hopper and datacentre Blackwell, whose
     kernel this library is built around; aten elsewhere, three library products.
     """
-    if device is None or bits != 16:
+    if bits != 16:
         return "aten"
     measured = tuned(device.name, triton_minor()).get(("backend", bits, bucket(M), N, K, r))
     if measured is not None:
         return measured
     return "triton" if has_descriptors(device) else "aten"
-
-
-def field_names(kind: type) -> list[str]:
-    return [field.name for field in fields(kind)]

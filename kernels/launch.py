@@ -10,15 +10,11 @@ from fused_lora.kernels.tape import INTERPRETING, recording
 # Triton 3.10 turns this off by default; a * b + c in one rounding is what every epilogue here wants
 OPTIONS = {"enable_fp_fusion": True}
 
-__all__ = ["INTERPRETING", "OPTIONS", "cdiv", "describable", "launch", "next_power_of_2"]
+__all__ = ["INTERPRETING", "OPTIONS", "cdiv", "describable", "launch"]
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << max(0, n - 1).bit_length()
 
 
 def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=False) -> None:

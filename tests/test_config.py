@@ -158,7 +158,6 @@ def test_auto_takes_the_kernels_only_where_they_are_built_for():
     assert config.choose_backend(H100, 16, *sizes) == "triton"
     assert config.choose_backend(H100, 32, *sizes) == "aten"
     assert config.choose_backend(A100, 16, *sizes) == "aten"
-    assert config.choose_backend(None, 16, *sizes) == "aten"
 
 
 def test_wave_quantisation_decides_between_tiles():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fused_lora import FusedLoRALinear, explain, ops
+from fused_lora import FusedLoRALinear, disable_adapters, explain, ops
 from fused_lora.kernels import config
 
 K, N = 64, 48
@@ -50,6 +50,22 @@ def test_merged_and_meta_layers_say_that_there_is_nothing_to_run():
     )
     text = explain(make(backend="triton").merge())
     assert text.endswith("\n  merged: one library product, nothing to fuse")
+    model = nn.Sequential(make().merge())
+    with disable_adapters(model):
+        assert explain(model).endswith("\n  the adapter is disabled: the base's own product")
+
+
+def test_autocast_decides_the_dtype():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "-> 48, r=3, bfloat16 on cpu" in explain(make())
+        assert "-> 48, r=3, bfloat16 on cpu" in explain(make(), torch.ones(5, K))
+    assert "-> 48, r=3, float32 on cpu" in explain(make())
+
+
+def test_dropout_on_aten_is_said_in_training_alone():
+    layer = make(lora_dropout=0.1)
+    assert "3 library products and the dropout mask forward" in explain(layer)
+    assert "3 library products forward" in explain(layer.eval())
 
 
 def test_every_layer_of_a_model_is_named_and_a_model_without_layers_is_refused():
