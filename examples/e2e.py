@@ -10,10 +10,10 @@ merged adapters. It stops and goes on where it was; README.md beside this file s
 
 import argparse
 import contextlib
+import datetime
 import hashlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -33,6 +33,9 @@ from transformers.utils import logging
 
 import fused_lora
 from fused_lora.places import find_targets
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import machine
 
 TARGETS: dict[str, str | list[str]] = {
     "q": ["q_proj"],
@@ -326,12 +329,6 @@ def scored(corpus: Corpus, split: str, args: argparse.Namespace) -> dict[str, li
     return dict(list(getattr(corpus, split).items())[: args.held_out])
 
 
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
-
-
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a name to write to, which becomes `path` in one step once it is on the disk."""
@@ -409,7 +406,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(records)} of {len(cells)} runs are done: the same command goes on")
     elif args.output:
         report = e2e_report.as_json(records, settings, sizes)
-        report["machine"] = {"name": device_name(args.device), "threads": torch.get_num_threads()}
+        report["machine"] = {
+            "name": machine.device_name(torch.device(args.device)),
+            "threads": torch.get_num_threads(),
+        }
+        report |= {"date": datetime.date.today().isoformat(), **machine.commit()}
         report["fingerprint"] = state.name  # of settings, model and data
         with replaced(args.output) as path:
             path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
