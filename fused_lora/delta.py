@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_lora import dropout, ops
@@ -51,8 +51,9 @@ def lora_delta(
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
     _check(base_output, x, lora_A, lora_B)
-    if in_place:
-        _check_writable(base_output)
+    problem = _why_not_writable(base_output) if in_place else None
+    if problem is not None:
+        raise ValueError(f"base_output {problem}, in_place=True cannot write to it: pass False")
     options = checked_options(base_output, scaling, dropout_p, seed, backend)
     rows = x.to(base_output.dtype).reshape(-1, lora_A.shape[1])  # [M, K]
     return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place)
@@ -261,13 +262,26 @@ def _check(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> No
         )
 
 
-def _check_writable(base_output: Tensor) -> None:
-    problem = None
-    if base_output._is_view():
-        problem = "is a view of another tensor"
-    elif base_output.is_leaf and base_output.requires_grad:
-        problem = "is a leaf that requires grad"
-    elif not base_output.is_contiguous():
-        problem = "is not contiguous"
-    if problem is not None:
-        raise ValueError(f"base_output {problem}, in_place=True cannot write to it: pass False")
+def may_write(base: nn.Module, out: Tensor) -> bool:
+    """Whether the adapter term may be added in place to what `base`, a layer whose outputs are
+    fresh, has just returned: no hook has seen it, nobody else can hold it."""
+    return not torch.compiler.is_compiling() and not hooked(base) and _why_not_writable(out) is None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__  # replaced on the instance, as accelerate does
+    )
+
+
+def _why_not_writable(out: Tensor) -> str | None:
+    if out._is_view():
+        return "is a view of another tensor"
+    if out.is_leaf and out.requires_grad:
+        return "is a leaf that requires grad"
+    return None if out.is_contiguous() else "is not contiguous"

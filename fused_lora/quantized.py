@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_lora import ops
-from fused_lora.delta import lora_delta
+from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.functional import checked_options
 from fused_lora.layer import InitLoRA, LoRALayer
 
@@ -115,13 +115,13 @@ class QuantizedLoRALinear(LoRALayer):
             scaling=self.scaling,
             dropout_p=dropout_p,
             backend=self.backend,
-            in_place=self._may_write(out),
+            in_place=may_write(self.base_layer, out),
         )
 
     def path(self, x: Tensor) -> Literal["dequantise", "delta"]:
         """Which path a call with `x` takes."""
         bitsandbytes, base = sys.modules.get("bitsandbytes"), self.base_layer
-        if bitsandbytes is None or _hooked(base):
+        if bitsandbytes is None or hooked(base):
             return "delta"
         linear = bitsandbytes.nn
         if type(base) not in (linear.Linear4bit, linear.LinearNF4, linear.LinearFP4):
@@ -147,16 +147,6 @@ class QuantizedLoRALinear(LoRALayer):
         tensors = (rows, weight.data, weight.quant_state, self.lora_A, self.lora_B, self.bias)
         y = _Dequantised.apply(*tensors, *options)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
-
-    def _may_write(self, out: Tensor) -> bool:
-        """Whether nobody else can hold the base's output: it is fresh and no hook has seen it."""
-        return (
-            not torch.compiler.is_compiling()
-            and not _hooked(self.base_layer)
-            and not out._is_view()
-            and not (out.is_leaf and out.requires_grad)
-            and out.is_contiguous()
-        )
 
     def why_not_merge(self, requantise: bool = False) -> str | None:
         kind = quantization_of(self.base_layer)
@@ -307,11 +297,6 @@ class _Dequantised(torch.autograd.Function):
 def _unpacked(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     functional = sys.modules["bitsandbytes"].functional
     return functional.dequantize_4bit(packed, state).to(dtype)
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    return any(hooks) or bool(module._backward_pre_hooks) or "forward" in vars(module)
 
 
 def quantization_of(module: nn.Module) -> str | None:

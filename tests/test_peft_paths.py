@@ -17,6 +17,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft_models import FIRST, Tiny, adapted, lora_layer
 from peft_table import FEATURES
 
+from fused_lora import delta
 from fused_lora.integrations import peft as fused
 
 pytestmark = pytest.mark.peft
@@ -83,8 +84,8 @@ def test_the_term_is_added_in_place_only_to_fresh_outputs(monkeypatch):
 def test_a_base_output_that_is_not_its_own_is_not_written_to(special):
     kept = torch.randn(2 * 6, FIRST[1], requires_grad=special == "leaf")
     out = kept[:6] if special == "view" else kept
-    assert not fused._may_write(nn.Linear(*FIRST), out)
-    assert fused._may_write(nn.Linear(*FIRST), torch.randn(6, FIRST[1]))
+    assert not delta.may_write(nn.Linear(*FIRST), out)
+    assert delta.may_write(nn.Linear(*FIRST), torch.randn(6, FIRST[1]))
 
 
 def test_what_a_hook_has_seen_stays_as_it_was():

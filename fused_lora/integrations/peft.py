@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fused_lora import ops
 from fused_lora.adapter_pack import ids_of_samples, pack_for_call
-from fused_lora.delta import lora_delta
+from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.explain import DEFAULT_TOKENS
 from fused_lora.functional import BACKENDS, lora_linear
 from fused_lora.multi import multi_lora_linear
@@ -91,7 +91,8 @@ class Fused:
         if route.path == FULL:
             return lora_linear(x, _weight(base), lora_A, lora_B, base.bias, **options)
         out = base(x)
-        return lora_delta(out, x, lora_A, lora_B, in_place=_may_write(base, out), **options)
+        fresh = type(base) in FRESH_BASES and may_write(base, out)
+        return lora_delta(out, x, lora_A, lora_B, in_place=fresh, **options)
 
 
 class FusedLinear(Fused, lora.Linear):
@@ -352,10 +353,10 @@ def _why_peft(
     for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
         if type(module) is not nn.Linear:
             return f"{part} is {type(module).__name__}, wrapped or sharded"
-        if _hooked(module):
+        if hooked(module):
             return f"{part} has hooks"
     dropout = modules["lora_dropout"]._modules[name]
-    if type(dropout) not in (nn.Dropout, nn.Identity) or _hooked(dropout):
+    if type(dropout) not in (nn.Dropout, nn.Identity) or hooked(dropout):
         return f"lora_dropout is {type(dropout).__name__} or has hooks"
     if type(dropout) is nn.Dropout and dropout.p >= 1.0:
         return "lora_dropout drops everything"
@@ -393,7 +394,7 @@ def _why_peft(
 def _why_delta(base: Any) -> str | None:
     if type(base) not in FULL_BASES:
         return f"base is {type(base).__name__}"
-    if _hooked(base):
+    if hooked(base):
         return "base has hooks"
     weight = base.weight
     if type(weight) not in (nn.Parameter, Tensor):
@@ -401,28 +402,6 @@ def _why_delta(base: Any) -> str | None:
     if not weight.is_floating_point() or weight.dim() != 2:
         return f"base weight is {_name(weight.dtype)} {tuple(weight.shape)}"
     return None
-
-
-def _may_write(base: nn.Module, out: Tensor) -> bool:
-    """Whether the adapter term may be added in place to what the base has just returned."""
-    return (
-        type(base) in FRESH_BASES
-        and not _hooked(base)
-        and not torch.compiler.is_compiling()
-        and not out._is_view()
-        and not (out.is_leaf and out.requires_grad)
-        and out.is_contiguous()
-    )
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # replaced on the instance, as accelerate does
-    )
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
