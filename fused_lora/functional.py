@@ -4,7 +4,7 @@ to the operators. Everything a user can get wrong is refused here, in words."""
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import LoRALinearFunction
@@ -84,6 +84,8 @@ def run(
 
 def autocasted(x: Tensor) -> tuple[Tensor, bool]:
     """x in autocast's dtype where one is on, and whether one is."""
+    if not isinstance(x, Tensor):
+        _check_type(x, "x")
     device_type = x.device.type
     autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
     if autocast and x.is_floating_point() and x.dtype != torch.float64:
@@ -97,13 +99,8 @@ def check_tensors(
     device = x.device
     given = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
     for tensor, name in zip(given, NAMES, strict=False):
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor, expected a plain tensor: split the layer with "
-                "ColwiseLoRAParallel or RowwiseLoRAParallel of fused_lora.parallel; under FSDP2 "
-                "call the sharded block, not the layer; by hand, pass local tensors (to_local()) "
-                "and reduce the gradients of the replicated factor"
-            )
+        if type(tensor) not in _PLAIN:
+            _check_type(tensor, name)
         if not tensor.is_floating_point():
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}, expected a floating dtype: cast it, for example "
@@ -153,6 +150,21 @@ def check_tensors(
                 f"{name} is {fixed.dtype}, x is {x.dtype}, expected one dtype: cast x, or run "
                 "under torch.autocast"
             )
+
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
+def _check_type(tensor: Tensor, name: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if type(tensor).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, expected a plain tensor: split the layer with "
+            "ColwiseLoRAParallel or RowwiseLoRAParallel of fused_lora.parallel; under FSDP2 "
+            "call the sharded block, not the layer; by hand, pass local tensors (to_local()) "
+            "and reduce the gradients of the replicated factor"
+        )
 
 
 def checked_options(

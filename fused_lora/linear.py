@@ -45,7 +45,8 @@ class FusedLoRALinear(LoRALayer):
     Not a subclass of nn.Linear: code that looks for nn.Linear would re-initialise, quantise, shard
     or read `.weight` of it without the adapter.
 
-    Raises ValueError for r < 1, lora_dropout outside [0, 1), an unknown init or backend.
+    Raises ValueError for r < 1, lora_dropout outside [0, 1), an unknown init or backend, TypeError
+    for an adapter_dtype that is not floating.
     """
 
     weight: Tensor

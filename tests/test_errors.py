@@ -117,6 +117,8 @@ MISTAKES = {
         f"dropout_p {p}": ({"dropout_p": p}, ValueError, "dropout_p must be in [0, 1)", f"got {p}")
         for p in (-0.1, 1.0, 1.5, math.nan)
     },
+    "x is a list": ({"x": [1.0]}, *(TypeError, "x is a list, expected a torch.Tensor")),
+    "no lora_A": ({"lora_A": None}, *(TypeError, "lora_A is a NoneType, expected a torch.Tensor")),
     "unknown backend": (
         {"backend": "cuda"},
         *(ValueError, "backend must be one of auto, triton, aten", "got 'cuda'"),
