@@ -136,6 +136,7 @@ def measure() -> dict:
     torch.set_num_threads(1)
     meta = {
         "what": "host time over a stubbed driver: no GPU, nothing runs",
+        "command": "python benchmarks/host_time.py",
         "date": datetime.date.today().isoformat(),
         "cpu": machine.device_name(torch.device("cpu")),
         "python": platform.python_version(),
