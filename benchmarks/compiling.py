@@ -1,8 +1,8 @@
 """Compiles candidates in worker processes without touching a GPU: warms Triton's disk cache for the
 process that will run them, and tells the static facts by which hopeless ones are left out.
 
-A worker calls the real launchers over the driver that does nothing (host_time.py), so what it
-compiles is, to the cache key, what an H100 or H200 will run.
+A worker calls the real launchers on CPU tensors, with every launch replaced by its compilation, for
+the architecture of an H100 or H200: what it compiles is, to the cache key, what they will run.
 """
 
 from __future__ import annotations
@@ -78,31 +78,46 @@ def fault(facts: Facts) -> str | None:
     return None
 
 
-_compiled: list[Any] = []  # kernels launched since the list was emptied
-_folder: tempfile.TemporaryDirectory | None = None
+_compiled: list[Any] = []  # kernels compiled since the list was emptied
 
 
-class _Recorder:
-    """Stands in for the tape of an operator call: notes the kernels that are launched."""
+class _Target:
+    """As much of a driver as compiling asks for."""
 
-    def add(self, compiled: Any, grid: Any, arguments: Any) -> None:
-        _compiled.append(compiled)
+    def __init__(self, target: Any) -> None:
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
 
 
 def _start() -> None:
-    global _folder
     sys.path.insert(0, str(Path(__file__).parent))
-    import host_time
-
-    _folder = tempfile.TemporaryDirectory()
-    host_time.build_stub(Path(_folder.name))  # before anything can load the real driver
-    host_time.use_stub()
     import torch
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fused_lora import ops, triton_backend
+    from fused_lora.kernels import config, launch, tape
 
     torch.set_num_threads(1)
-    from fused_lora.kernels import launch
+    driver.set_active(_Target(GPUTarget("cuda", 90, 32)))
+    h100 = config.Device("compiling", "cuda", 90, 132)
+    triton_backend._device = lambda device: h100
+    ops.why_not_triton = lambda x: None
+    launch.run = _compile_only
+    tape.recording = launch.recording = lambda: None
+    tape.play = triton_backend.play = _play
 
-    launch.recording = _Recorder
+
+def _compile_only(kernel: Any, grid: Any, arguments: list[Any], options: dict[str, Any]) -> Any:
+    _compiled.append(kernel.warmup(*arguments, grid=grid, **options))
+    return _compiled[-1]
+
+
+def _play(function: Any, inputs: Any, options: Any) -> Any:
+    from fused_lora.kernels.tape import Tape
+
+    return function(Tape(inputs), *inputs, *options)
 
 
 def _compile(case: Case, candidate: Any) -> Facts:

@@ -131,16 +131,19 @@ def matmul_kernel(
                 mask=inside_k[:, None] & inside_n,
                 other=0.0,
             )
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=INPUT_PRECISION)
         if ADAPTER == "single":
+            # before the products: where w and a share one buffer in turn, the ptxas of Triton 3.6
+            # reads the second product's address from a register that it never wrote
             a = tl.load(
                 a_ptr
                 + offs_r.to(tl.int64)[None, :] * stride_ar
                 + offs_k.to(tl.int64)[:, None] * stride_ak,
                 mask=(offs_r < r)[None, :] & (offs_k < K)[:, None],
                 other=0.0,
-            )
-            side = tl.dot(x, a.to(x.dtype), side, input_precision=INPUT_PRECISION)
+            ).to(x.dtype)
+        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        if ADAPTER == "single":
+            side = tl.dot(x, a, side, input_precision=INPUT_PRECISION)
 
     if ADAPTER == "single":
         if HAS_SCALING:

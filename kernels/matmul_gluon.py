@@ -30,6 +30,7 @@ tma_store = tma.async_store if RENAMED else tma.async_copy_shared_to_global
 tile_of = gluon.jit(matmul.tile_of.fn)
 
 BLOCK_M = gl.constexpr(128)  # two warpgroups of 64 rows
+HALF = gl.constexpr(64)
 BLOCK_K = gl.constexpr(64)
 # 128 bytes, BLOCK_K 16-bit elements, are one row of the pattern that TMA and wgmma share
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -98,14 +99,20 @@ def load_step(
 
 
 @gluon.jit
-def multiply_step(acc, ring, slot, phase, FIRST_ROW: gl.constexpr, W_NK: gl.constexpr):
-    """acc += the step in this slot: on return it is in flight, and the step before is finished."""
+def multiply_step(
+    acc, ring, slot, phase, FIRST_ROW: gl.constexpr, DEPTH: gl.constexpr, W_NK: gl.constexpr
+):
+    """acc += the first DEPTH columns of the step in this slot: on return they are in flight, and the
+    step before is finished."""
     x_ring, w_ring, full, _ = ring
     mbarrier.wait(full.index(slot), phase)
     x = x_ring.index(slot).slice(FIRST_ROW, acc.shape[0])
     w = w_ring.index(slot)
     if W_NK:
         w = w.permute((1, 0))
+    if DEPTH != BLOCK_K:
+        x = x.slice(0, DEPTH, dim=1)
+        w = w.slice(0, DEPTH, dim=0)
     acc = warpgroup_mma(x, w, acc, is_async=True)
     return warpgroup_mma_wait(1, (acc,))
 
@@ -170,22 +177,29 @@ def multiplier(
     ring,
     sizes,
     FIRST_ROW: gl.constexpr,
+    RANK: gl.constexpr,
     W_NK: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
     """One of the two warpgroups of the specialised form that multiply: 64 rows of every tile."""
-    tiles_m, tiles_n, _, steps, N = sizes
+    tiles_m, tiles_n, main_steps, _, N = sizes
     x_ring, _, _, empty = ring
+    REST: gl.constexpr = RANK % BLOCK_K
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     before = gl.to_tensor(0)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        acc = gl.zeros((BLOCK_M // 2, BLOCK_N), gl.float32, layout)
-        for step in range(steps):
-            acc = multiply_step(acc, ring, slot, phase, FIRST_ROW, W_NK)
+        acc = gl.zeros((HALF, BLOCK_N), gl.float32, layout)
+        for step in range(main_steps + RANK // BLOCK_K):
+            acc = multiply_step(acc, ring, slot, phase, FIRST_ROW, BLOCK_K, W_NK)
             mbarrier.arrive(empty.index(before), pred=step > 0)
+            before = slot
+            slot, phase = next_slot(slot, phase, x_ring.shape[0])
+        if REST > 0:
+            acc = multiply_step(acc, ring, slot, phase, FIRST_ROW, REST, W_NK)
+            mbarrier.arrive(empty.index(before))
             before = slot
             slot, phase = next_slot(slot, phase, x_ring.shape[0])
         acc = warpgroup_mma_wait(0, (acc,))
@@ -203,6 +217,7 @@ def pipelined(
     bias_ptr,
     ring,
     sizes,
+    RANK: gl.constexpr,
     W_NK: gl.constexpr,
     PDL: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -211,8 +226,9 @@ def pipelined(
     """The other form: 8 warps multiply and load, step n + STAGES - 1 where step n - 1 has been.
 
     Gluon puts the barrier between a read that both warpgroups have finished and the next load."""
-    tiles_m, tiles_n, _, steps, N = sizes
+    tiles_m, tiles_n, main_steps, _, N = sizes
     STAGES: gl.constexpr = ring[0].shape[0]
+    REST: gl.constexpr = RANK % BLOCK_K
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
     row, column = corner_of(gl.program_id(0), sizes, BLOCK_N, GROUP_M)
     position = (gl.program_id(0), row, column, gl.to_tensor(0))
@@ -223,8 +239,13 @@ def pipelined(
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout)
-        for _ in range(steps):
-            acc = multiply_step(acc, ring, slot, phase, 0, W_NK)
+        for _ in range(main_steps + RANK // BLOCK_K):
+            acc = multiply_step(acc, ring, slot, phase, 0, BLOCK_K, W_NK)
+            position = load_step(descs, ring, before, position, sizes, W_NK, PDL, BLOCK_N, GROUP_M)
+            before = slot
+            slot, phase = next_slot(slot, phase, STAGES)
+        if REST > 0:
+            acc = multiply_step(acc, ring, slot, phase, 0, REST, W_NK)
             position = load_step(descs, ring, before, position, sizes, W_NK, PDL, BLOCK_N, GROUP_M)
             before = slot
             slot, phase = next_slot(slot, phase, STAGES)
@@ -246,21 +267,22 @@ def matmul_gluon_kernel(
     N,
     K,
     W_NK: gl.constexpr,
-    RANK_STEPS: gl.constexpr,
+    RANK: gl.constexpr,
     PDL: gl.constexpr,
     BLOCK_N: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     SPECIALIZED: gl.constexpr,
 ):
-    """y[M, N] = x[M, K] w + s[M, r] b + bias; RANK_STEPS 0 leaves the adapter out.
+    """y[M, N] = x[M, K] w + s[M, r] b + bias; RANK, r rounded up to 16, is 0 without an adapter.
 
     w is stored [N, K] and b [N, r] when W_NK (forward), else [K, N] and [r, N] (dX). Grid: at most
     one program an SM and no more than there are tiles. SPECIALIZED: the 4 warps launched multiply
     the upper 64 rows of each tile, 4 more warps the lower, and one warp loads.
     """
     main_steps = gl.cdiv(K, BLOCK_K)
-    sizes = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), main_steps, main_steps + RANK_STEPS, N)
+    steps = main_steps + (RANK + BLOCK_K - 1) // BLOCK_K
+    sizes = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), main_steps, steps, N)
     descs = (x_desc, w_desc, s_desc, b_desc)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, LAYOUT)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_shape, LAYOUT)
@@ -280,11 +302,11 @@ def matmul_gluon_kernel(
             [
                 (
                     multiplier,
-                    (y_desc, upper, bias_ptr, ring, sizes, 0, W_NK, BLOCK_N, GROUP_M),
+                    (y_desc, upper, bias_ptr, ring, sizes, 0, RANK, W_NK, BLOCK_N, GROUP_M),
                 ),
                 (
                     multiplier,
-                    (y_desc, lower, bias_ptr, ring, sizes, BLOCK_M // 2, W_NK, BLOCK_N, GROUP_M),
+                    (y_desc, lower, bias_ptr, ring, sizes, HALF, RANK, W_NK, BLOCK_N, GROUP_M),
                 ),
                 (loader, (descs, ring, sizes, W_NK, PDL, BLOCK_N, GROUP_M)),
             ],
@@ -295,7 +317,15 @@ def matmul_gluon_kernel(
         fence_async_shared()
         ring = (x_ring, w_ring, full, None)
         y_smem = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_shape, LAYOUT)
-        pipelined(descs, y_desc, y_smem, bias_ptr, ring, sizes, W_NK, PDL, BLOCK_N, GROUP_M)
+        pipelined(
+            descs, y_desc, y_smem, bias_ptr, ring, sizes, RANK, W_NK, PDL, BLOCK_N, GROUP_M
+        )
+
+
+def _whole_slices(rank):
+    """The rank rounded up so that its last step has 16, 32 or 64 columns, which Gluon can slice."""
+    whole, rest = rank // 64 * 64, rank % 64
+    return whole + (max(16, 1 << (rest - 1).bit_length()) if rest else 0)
 
 
 def gluon_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, pdl=False):
@@ -333,7 +363,7 @@ def gluon_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, pdl=Fa
         (),
         (
             transposed,
-            cdiv(rank, config.BLOCK_K),
+            _whole_slices(rank),
             pdl,
             config.BLOCK_N,
             config.GROUP_M,
