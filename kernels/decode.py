@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fused_lora.kernels import adapters
 from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.sums import add_product
 
 
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
@@ -94,8 +95,8 @@ def decode_kernel(
             other=0.0,
             eviction_policy="evict_last",
         )
-        acc = tl.dot(w.to(x.dtype), x, acc, input_precision=INPUT_PRECISION)
-        side = tl.dot(a.to(x.dtype), x, side, input_precision=INPUT_PRECISION)
+        acc = add_product(acc, w.to(x.dtype), x, INPUT_PRECISION)
+        side = add_product(side, a.to(x.dtype), x, INPUT_PRECISION)
     b = tl.load(
         b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br,
         mask=inside_n[:, None] & (offs_r < r)[None, :],
@@ -107,7 +108,7 @@ def decode_kernel(
         side = tl.where(tl.trans(own), side, 0.0)
     side *= scale
     s = side.to(x_ptr.dtype.element_ty)
-    acc = tl.dot(b.to(s.dtype), s, acc, input_precision=INPUT_PRECISION)
+    acc = add_product(acc, b.to(s.dtype), s, INPUT_PRECISION)
 
     if SPLITS > 1:
         offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + offs_m[None, :]

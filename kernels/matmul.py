@@ -12,6 +12,7 @@ import triton.language as tl
 from fused_lora.kernels import adapters, dropout
 from fused_lora.kernels.adapters import WINDOW_RANK
 from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.sums import add_product
 
 
 @triton.jit
@@ -141,9 +142,9 @@ def matmul_kernel(
                 mask=(offs_r < r)[None, :] & (offs_k < K)[:, None],
                 other=0.0,
             ).to(x.dtype)
-        acc = tl.dot(x, w.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+        acc = add_product(acc, x, w.to(x.dtype), INPUT_PRECISION)
         if ADAPTER == "single":
-            side = tl.dot(x, a, side, input_precision=INPUT_PRECISION)
+            side = add_product(side, x, a, INPUT_PRECISION)
 
     if ADAPTER == "single":
         if HAS_SCALING:
@@ -160,7 +161,7 @@ def matmul_kernel(
                 tl.store(s_rows + offs_r[None, :], s, mask=inside_m & (offs_r < columns)[None, :])
         if ids_ptr is None:
             b = _ranks_of(b_columns, offs_r, inside_n, r, stride_br)
-        acc = tl.dot(s, b.to(s.dtype), acc, input_precision=INPUT_PRECISION)
+        acc = add_product(acc, s, b.to(s.dtype), INPUT_PRECISION)
     elif ADAPTER == "given":
         if not DROPOUT:
             acc = _add_given(
@@ -228,7 +229,7 @@ def _add_given(
         offs_r = j + tl.arange(0, BLOCK_R)
         s = tl.load(s_rows + offs_r[None, :], mask=inside_m & (offs_r < r)[None, :], other=0.0)
         b = _ranks_of(b_columns, offs_r, inside_n, r, stride_br)
-        acc = tl.dot(s, b.to(x_ptr.dtype.element_ty), acc, input_precision=INPUT_PRECISION)
+        acc = add_product(acc, s, b.to(x_ptr.dtype.element_ty), INPUT_PRECISION)
     return acc
 
 

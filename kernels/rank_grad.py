@@ -10,6 +10,7 @@ import triton.language as tl
 
 from fused_lora.kernels import adapters, dropout
 from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.sums import add_product
 
 SCAN = 1024  # ids a step of the search for those rows takes
 
@@ -195,9 +196,9 @@ def _one_tile(
                 mask_ptr, offs_m, M, tile * BLOCK_C, C, stride_mm, BLOCK_M, BLOCK_C
             )
             p = tl.where(keep != 0, p, 0.0).to(p.dtype)
-            acc = tl.dot(tl.trans(q), p, acc, input_precision=INPUT_PRECISION)
+            acc = add_product(acc, tl.trans(q), p, INPUT_PRECISION)
         else:
-            acc = tl.dot(tl.trans(p), q, acc, input_precision=INPUT_PRECISION)
+            acc = add_product(acc, tl.trans(p), q, INPUT_PRECISION)
     if DROPOUT:
         acc = tl.trans(acc)
 

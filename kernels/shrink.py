@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fused_lora.kernels import adapters, dropout
 from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.sums import add_product
 
 PACK_ROWS, PACK_COLUMNS = 64, 64
 
@@ -132,7 +133,7 @@ def shrink_kernel(
                             mask=(offs_m < M)[:, None] & (offs_byte * 8 < K)[None, :],
                         )
                 x = tl.where(dropout.expand(packed, BLOCK_M, BLOCK_K) != 0, x, 0.0).to(x.dtype)
-            acc = tl.dot(x, a.to(x.dtype), acc, input_precision=INPUT_PRECISION)
+            acc = add_product(acc, x, a.to(x.dtype), INPUT_PRECISION)
         factor = scale
         if ids_ptr is not None:  # looked up after the loop: a mask alive in it would spill
             factor = scale * tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[None]
