@@ -109,6 +109,10 @@ def decode_kernel(
     side *= scale
     s = side.to(x_ptr.dtype.element_ty)
     acc = add_product(acc, b.to(s.dtype), s, INPUT_PRECISION)
+    if SPLITS > 1 and s.dtype != tl.float32:
+        # what rounding S took off: partial S may cancel in the sum over the splits, and then their
+        # rounding is large beside that of the whole S
+        acc = add_product(acc, b.to(s.dtype), (side - s).to(s.dtype), INPUT_PRECISION)
 
     if SPLITS > 1:
         offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + offs_m[None, :]
