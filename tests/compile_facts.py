@@ -1,7 +1,8 @@
 """Compile every shipped configuration ahead of time, without a GPU, and print facts as JSON.
 
-    python tests/compile_facts.py sm_90 gfx942 ... > facts.json
+    python tests/compile_facts.py sm_90 gfx942 ragged-sm_90 ... > facts.json
 
+"ragged-" before a target compiles `ragged_launches.py` for it, to look for miscompilation alone.
 The launchers themselves are called, on meta tensors of real sizes, with the launch replaced by a
 compilation: what is compiled is what would run. Run as a program of its own, because kernels
 imported under TRITON_INTERPRET=1 cannot be compiled. `tests/test_static.py` judges the facts.
@@ -16,11 +17,13 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import ragged_launches
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
+from undefined import undefined_registers
 
 from fused_lora.kernels import (
     config,
@@ -253,12 +256,20 @@ def launches(target: str, bits: int):
             yield f"decode[{index}] M={tokens} r={r}{'' if many is None else ', many adapters'}"
 
 
+def listing(kernel) -> str:
+    """The SASS of a kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        return _output(BINARIES / "nvdisasm", "-c", cubin.name)
+
+
 def cuda_facts(kernel, capability: int) -> dict:
+    sass = listing(kernel)
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
         cubin.write_bytes(kernel.asm["cubin"])
         ptx.write_text(kernel.asm["ptx"])
-        sass = _output(BINARIES / "nvdisasm", "-c", cubin)
         usage = _output(BINARIES / "cuobjdump", "--dump-resource-usage", cubin)
         log = ""
         if capability == 90 and "HGMMA" in sass:  # ptxas tells of serialized wgmma by a warning
@@ -282,6 +293,7 @@ def cuda_facts(kernel, capability: int) -> dict:
         "async_copies": operations["LDGSTS"],
         "waits": [order[: i + 1].count("HGMMA") for i, o in enumerate(order) if o == "ACQBULK"],
         "serialized": sorted(set(re.findall(r"\(C75\d+\)[^\n]*", log))),
+        "undefined_registers": undefined_registers(sass),
     }
 
 
@@ -301,13 +313,22 @@ def _output(*command) -> str:
     return done.stdout + done.stderr
 
 
+def chained_products(kernel) -> int:
+    """The products that start from what was summed before and not from zero."""
+    text = kernel.asm["ttgir"]
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", text))
+    return sum(start not in zeros for start in re.findall(r"tt\.dot %\S+, %\S+, (%\w+)", text))
+
+
 def facts_of(target: str, only: str = "") -> dict:
     """{case: facts} for one target; `only` filters the cases by a regular expression."""
     facts: dict[str, dict] = {}
+    part = target.removeprefix("ragged-")
+    ragged = part != target
     gpu = (
-        GPUTarget("hip", target, 64)
-        if target.startswith("gfx")
-        else GPUTarget("cuda", int(target[3:]), 32)
+        GPUTarget("hip", part, 64)
+        if part.startswith("gfx")
+        else GPUTarget("cuda", int(part[3:]), 32)
     )
     pending: list = []
     modules = (shrink, matmul, matmul_descriptor, matmul_gluon, matmul_producer, rank_grad, decode)
@@ -315,22 +336,26 @@ def facts_of(target: str, only: str = "") -> dict:
         module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
             (kernel, *arguments, pdl)
         )
-    for bits in (16, 32):
-        for name in launches(target, bits):
-            arguments = pending.pop()
-            case = f"{target} {bits}-bit {name}"
-            if not re.search(only, case):
-                continue
-            try:
-                compiled = compile_launch(gpu, *arguments)
-            except Exception as error:  # reported as a fact: the test shows which case it is
-                facts[case] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
-                continue
-            facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[5])}
-            if gpu.backend == "hip":
-                facts[case] |= hip_facts(compiled)
-            else:
-                facts[case] |= cuda_facts(compiled, gpu.arch)
+    shipped = (f"{bits}-bit {name}" for bits in (16, 32) for name in launches(part, bits))
+    for name in ragged_launches.launches(part) if ragged else shipped:
+        arguments = pending.pop()
+        case = f"{target} {name}"
+        if not re.search(only, case):
+            continue
+        try:
+            compiled = compile_launch(gpu, *arguments)
+        except Exception as error:  # reported as a fact: the test shows which case it is
+            facts[case] = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+            continue
+        if ragged:
+            facts[case] = {"undefined_registers": undefined_registers(listing(compiled))}
+            continue
+        facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[5])}
+        facts[case]["chained_products"] = chained_products(compiled)
+        if gpu.backend == "hip":
+            facts[case] |= hip_facts(compiled)
+        else:
+            facts[case] |= cuda_facts(compiled, gpu.arch)
     return facts
 
 

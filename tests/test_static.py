@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from undefined import undefined_registers
 
 from fused_lora.kernels import config
 
@@ -102,6 +103,22 @@ def test_tensor_cores_are_used_and_never_serialized(facts):
 
 
 @every_version
+@every_target
+def test_fp32_products_start_from_zero(facts):
+    """What the interpreter, which multiplies with numpy, cannot tell (`kernels/sums.py`)."""
+    fp32 = {case: found for case, found in facts.items() if "32-bit" in case}
+    assert not failing(fp32, lambda found: found["chained_products"] == 0)
+
+
+@every_version
+@pytest.mark.parametrize("target", [*(t for t in TARGETS if t.startswith("sm_")), "ragged-sm_90"])
+def test_no_register_is_read_that_nothing_wrote(facts):
+    """The ptxas of Triton 3.6 compiled narrow loads to such code once, without a word."""
+    assert len(facts) > 20
+    assert not failing(facts, lambda found: found.get("undefined_registers") == [])
+
+
+@every_version
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_descriptor_matmul_rides_one_pipeline_of_full_width(facts):
     """On sm_90: full-width wgmma, operands by TMA alone, and the wait between two pipelined loops.
@@ -119,6 +136,32 @@ def test_descriptor_matmul_rides_one_pipeline_of_full_width(facts):
         # exactly one wait, with one whole loop of tensor core work before it
         expected = [tiles["BLOCK_K"] // 16] if loops == 2 else []
         assert found["waits"] == expected, case
+
+
+def test_a_register_that_nothing_wrote_is_noticed():
+    """A test of the tests: what ptxas made of the single mode once, and forms that are right."""
+    right = """
+        /*0010*/                   ULDC.64 UR4, c[0x0][0x208] ;   /* 0x0000820000047ab9 */
+        /*0020*/                   S2UR UR8, SR_CgaCtaId ;
+        /*0030*/              @UP0 ULOP3.LUT UP1, UR9, UR8, 0x3fff, URZ, 0xc0, !UPT ;
+        /*0040*/                   LDG.E.128 R4, desc[UR4][R2.64+0x80] ;
+        /*0050*/                   SYNCS.EXCH.64 URZ, [UR8], UR4 ;
+        /*0060*/                   UIADD3.64 UR18, UR4, UR8, URZ ;
+        /*0070*/                   HGMMA.64x64x16.F32.BF16 R24, R52, gdesc[UR16], R24, gsb0 ;
+        /*0080*/                   UPRMT UR6, UR6, 0x3340, UR6 ;
+        /*0090*/                   LDSM.16.M88.4 R28, [R10+UR6+0xc000] ;
+    """
+    assert undefined_registers(right) == []
+    wrong = (
+        "UIADD3 UR22, UP0, UR22, 0x20, URZ",
+        "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16].tnspB, R24",
+        "HGMMA.64x64x16.F32.BF16 R24, R52, gdesc[UR4], R24",
+        "UTCHMMA gdesc[UR4], gdesc[UR22], tmem[UR8], tmem[UR8], idesc[UR9], UPT",
+        "STG.E.128 desc[UR19][R2.64], R4",
+        "UISETP.GE.AND UP0, UPT, UR7, UR8, UPT",
+    )
+    for instruction in wrong:
+        assert undefined_registers(f"{right}/*00a0*/   {instruction} ;") == [instruction]
 
 
 def test_a_spilling_configuration_is_noticed():
