@@ -78,10 +78,8 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
     rows, dtype, device = row.expand(tokens, -1), row.dtype, row.device
     if isinstance(layer, MultiLoRALinear):
         r, held = layer.pack.total_rank, f"{len(layer.pack.names)} adapters, total "
-        same_dtype = False  # the kernel that reads lora_A by a descriptor does not look at ids
     else:
         r, held = layer.r, ""
-        same_dtype = layer.lora_A.dtype == layer.lora_B.dtype == dtype
     title = (
         f"{name or 'layer'}: {tokens} x {layer.in_features} -> {layer.out_features}, {held}r={r}, "
         f"{str(dtype).removeprefix('torch.')} on {device}"
@@ -108,7 +106,6 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
     lines = [title]
     K, N = layer.in_features, layer.out_features
     addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
-    adapter_rows = {"forward": K, "dX": r}
     for direction, outputs, inputs, masked in (("forward", N, K, False), ("dX", K, N, drawn)):
         plan = ops.triton_backend.plan_product(
             device,
@@ -120,7 +117,6 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
             drawn=drawn and not masked,
             masked=masked,
             addressable=addressable,
-            adapter_addressable=same_dtype and adapter_rows[direction] * dtype.itemsize % 16 == 0,
         )
         lines.append(f"  {direction}: {_describe(plan)}")
     return "\n".join(lines)

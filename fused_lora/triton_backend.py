@@ -18,7 +18,6 @@ from fused_lora.kernels.decode import decode, workspace
 from fused_lora.kernels.launch import describable
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
-from fused_lora.kernels.matmul_producer import producer_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.tape import INTERPRETING, Tape, play
@@ -94,7 +93,7 @@ def _forward(
         mask = Mask(bits, dropout_p, seed)
     w, b = weight.t(), lora_B.t()
     pack = _pack(ids, owner, scalings, window)
-    plan = _plan(x, w, lora_A, y, pack, draw=mask)
+    plan = _plan(x, w, lora_A, y, draw=mask)
     _adapted_product(
         *(tape, plan, x, w, lora_A, b, y, S, Scale(scale, scaling), pack, precision),
         bias=bias,
@@ -130,7 +129,7 @@ def backward(
         *(adapters or _ONE_ADAPTER),
     )
     options = (
-        *(config.PATH, config.RANK_GRAD, _precision(dy), scale.value, dropout_p),
+        *(config.PATH, _precision(dy), scale.value, dropout_p),
         *(needs_x, needs_A, needs_B),
     )
     return play(_backward, inputs, options)
@@ -151,7 +150,6 @@ def _backward(
     scalings: Tensor | None,
     window: Tensor | None,
     path: str,
-    rank_grad_start: str,
     precision: str,
     scale_value: float,
     dropout_p: float,
@@ -174,7 +172,7 @@ def _backward(
     dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     plan = None
     if dx is not None and weight is not None:
-        plan = _plan(dy, weight, a, dx, pack, masked=mask)
+        plan = _plan(dy, weight, a, dx, masked=mask)
     shrinks = plan.launches == 2 if plan is not None else dS is not None
 
     partial = counters = None
@@ -329,10 +327,9 @@ def plan_product(
     drawn: bool,
     masked: bool,
     addressable: bool,
-    adapter_addressable: bool,
 ) -> config.Product:
     """How Y [M, N] = X [M, K] W + S B runs. drawn: X is dropped before the adapter; masked: the
-    adapter term is masked; addressable: X, W and Y by tensor descriptors, as is the adapter."""
+    adapter term is masked; addressable: X, W and Y by tensor descriptors."""
     return config.choose_product(
         _device(device),
         8 * dtype.itemsize,
@@ -343,7 +340,6 @@ def plan_product(
         dropout=drawn,
         masked_output=masked,
         describable=addressable,
-        adapter_describable=adapter_addressable,
     )
 
 
@@ -352,7 +348,6 @@ def _plan(
     w: Tensor,
     a: Tensor,
     y: Tensor,
-    pack: Adapters | None,
     *,
     draw: Mask | None = None,
     masked: Mask | None = None,
@@ -365,7 +360,6 @@ def _plan(
         addressable = addressable and describable(stored_w)
     else:  # autocast: the copy that is made of it has rows of exactly its width
         addressable = addressable and stored_w.shape[1] * x.element_size() % 16 == 0
-    adapter = a if transposed else a.t()  # as the descriptor kernels read it
     M, K = x.shape
     return plan_product(
         x.device,
@@ -377,8 +371,6 @@ def _plan(
         drawn=draw is not None,
         masked=masked is not None,
         addressable=addressable,
-        # (what the producer kernel asks for, which knows one adapter)
-        adapter_addressable=a.dtype == x.dtype and describable(adapter) and pack is None,
     )
 
 
@@ -452,30 +444,9 @@ def _adapted_product(
 
     if S is None:
         S = tape.empty((M, padded_rank(r)))
-    if plan.path == "producer":
-        flags = tape.empty((-(-M // plan.matmul.BLOCK_M),), torch.int32, zeroed=True)
-        if INTERPRETING:  # programs run one after the other there: one may wait for another
-            programs = 1
-        producer_matmul(
-            x,
-            w.to(x.dtype),
-            a,
-            b,
-            y,
-            S,
-            flags,
-            plan.matmul,
-            programs,
-            bias=bias,
-            scale=scale.value,
-            scaling=scale.tensor,
-        )
-        return
-
     assert plan.shrink is not None
     source = packed = None
-    descriptors = plan.path in ("pdl", "gluon", "serial")
-    pdl = plan.path in ("pdl", "gluon")
+    descriptors = plan.path in ("pdl", "hopper")
     if descriptors:
         # all segments of the loop have one dtype and rows that TMA can address
         w = w.to(x.dtype)  # under autocast a copy, for the length of this call
@@ -491,16 +462,25 @@ def _adapted_product(
         counters=counters,
         source=source,
         packed=packed,
-        trigger=pdl,
+        trigger=descriptors,
     )
-    if plan.path == "gluon":  # an experimental interface of Triton: imported where it is used
-        from fused_lora.kernels.matmul_gluon import gluon_matmul
+    mask, keep_scale = (None, 1.0) if masked is None else (masked.bits, masked.keep_scale)
+    if plan.path == "hopper":  # an experimental interface of Triton: imported where it is used
+        from fused_lora.kernels.matmul_hopper import hopper_matmul
 
-        gluon_matmul(x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl)
+        hopper_matmul(
+            *(x, w, y, plan.matmul, programs),
+            b=b,
+            S=S,
+            bias=bias,
+            mask=mask,
+            keep_scale=keep_scale,
+            pdl=True,
+        )
         return
     if descriptors:
         descriptor_matmul(
-            x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=pdl, adapters=pack
+            x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=True, adapters=pack
         )
         return
     matmul(
@@ -511,8 +491,8 @@ def _adapted_product(
         b=b,
         S=S,
         bias=bias,
-        mask=None if masked is None else masked.bits,
-        keep_scale=1.0 if masked is None else masked.keep_scale,
+        mask=mask,
+        keep_scale=keep_scale,
         adapters=pack,
         input_precision=precision,
     )

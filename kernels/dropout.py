@@ -1,6 +1,6 @@
 """The dropout mask inside a kernel: drawing it and reading it back, one bit an element.
 
-The scheme is that of `fused_lora.dropout` (Philox4x32-10, counter (column // 8, row, 0, 0), eight
+The scheme is that of `fused_lora.dropout` (Philox4x32-7, counter (column // 8, row, 0, 0), eight
 16-bit decisions a call), so that both draw the same bits.
 """
 
@@ -15,7 +15,7 @@ def draw_bytes(seed, rows, first_byte, threshold, BYTES: tl.constexpr):
     c0 = tl.broadcast_to(calls[None, :], (rows.shape[0], BYTES)).to(tl.uint32)
     c1 = tl.broadcast_to(rows[:, None], (rows.shape[0], BYTES)).to(tl.uint32)
     zero = tl.zeros_like(c0)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, n_rounds=7)
     bits = _keep(w0, threshold) | (_keep(w1, threshold) << 2)
     bits |= (_keep(w2, threshold) << 4) | (_keep(w3, threshold) << 6)
     return bits.to(tl.uint8)

@@ -10,7 +10,7 @@ from fused_lora.kernels.tape import INTERPRETING, recording
 # Triton 3.10 turns this off by default; a * b + c in one rounding is what every epilogue here wants
 OPTIONS = {"enable_fp_fusion": True}
 
-__all__ = ["INTERPRETING", "OPTIONS", "cdiv", "describable", "launch"]
+__all__ = ["INTERPRETING", "cdiv", "describable", "launch", "options_of"]
 
 
 def cdiv(a: int, b: int) -> int:
@@ -24,15 +24,21 @@ def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=F
     block_shape, layout) for one of a Gluon kernel.
     config: carries num_warps and num_stages. pdl: programmatic dependent launch.
     """
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
-    if pdl:
-        options["launch_pdl"] = True
+    options = options_of(config, pdl)
     arguments = [_descriptor(*t) if type(t) is tuple else t for t in tensors]
     arguments += [*integers, *floats, *constexprs]
     compiled = run(kernel, grid, arguments, options)
     tape = recording()
     if tape is not None:
         tape.add(compiled, grid, arguments)
+
+
+def options_of(config, pdl):
+    """How a kernel is compiled and launched."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **OPTIONS}
+    if pdl:
+        options["launch_pdl"] = True
+    return options
 
 
 def run(kernel, grid, arguments, options):

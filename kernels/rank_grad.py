@@ -15,7 +15,7 @@ from fused_lora.kernels.sums import add_product
 SCAN = 1024  # ids a step of the search for those rows takes
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_split", "tiles_A"])
+@triton.jit(do_not_specialize=["M", "rows_per_split", "tiles_B"])
 def rank_grad_kernel(
     x_ptr,
     ds_ptr,
@@ -33,7 +33,7 @@ def rank_grad_kernel(
     N,
     r,
     rows_per_split,
-    tiles_A,
+    tiles_B,
     stride_xm,
     stride_dsm,
     stride_dar,
@@ -57,44 +57,14 @@ def rank_grad_kernel(
 ):
     """dA[j, k] = keep_scale * sum_m dS[m, j] D(x)[m, k] and dB[n, j] = sum_m dY[m, n] S[m, j].
 
-    x [M, K], dS and S [M, >= r], dY [M, N]. Grid (column tiles of dA, then of dB; splits; rank
+    x [M, K], dS and S [M, >= r], dY [M, N]. Grid (splits; column tiles of dB, then of dA; rank
     blocks). counter: int32, one per (column tile, rank block), zero at launch. ids and owner as in
     `adapters.py`: rows of tokens that want none of a block's columns are left out (under dropout
     multiplied by the zeros of dS).
     """
-    tile = tl.program_id(0)
-    if WANT_A:
-        if tile < tiles_A:
-            _one_tile(
-                x_ptr,
-                ds_ptr,
-                da_ptr,
-                mask_ptr,
-                partial_ptr,
-                counter_ptr,
-                ids_ptr,
-                owner_ptr,
-                M,
-                K,
-                r,
-                tile,
-                rows_per_split,
-                keep_scale,
-                stride_xm,
-                stride_dsm,
-                stride_dar,
-                stride_dak,
-                stride_mm,
-                DROPOUT,
-                SPLITS,
-                INPUT_PRECISION,
-                BLOCK_M,
-                BLOCK_C,
-                BLOCK_R,
-                SCAN,
-            )
+    tile = tl.program_id(1)
     if WANT_B:
-        if tile >= tiles_A:
+        if tile < tiles_B:
             _one_tile(
                 dy_ptr,
                 s_ptr,
@@ -107,7 +77,7 @@ def rank_grad_kernel(
                 M,
                 N,
                 r,
-                tile - tiles_A,
+                tile,
                 rows_per_split,
                 1.0,
                 stride_dym,
@@ -116,6 +86,36 @@ def rank_grad_kernel(
                 stride_dbn,
                 stride_mm,
                 False,
+                SPLITS,
+                INPUT_PRECISION,
+                BLOCK_M,
+                BLOCK_C,
+                BLOCK_R,
+                SCAN,
+            )
+    if WANT_A:
+        if tile >= tiles_B:
+            _one_tile(
+                x_ptr,
+                ds_ptr,
+                da_ptr,
+                mask_ptr,
+                partial_ptr,
+                counter_ptr,
+                ids_ptr,
+                owner_ptr,
+                M,
+                K,
+                r,
+                tile - tiles_B,
+                rows_per_split,
+                keep_scale,
+                stride_xm,
+                stride_dsm,
+                stride_dar,
+                stride_dak,
+                stride_mm,
+                DROPOUT,
                 SPLITS,
                 INPUT_PRECISION,
                 BLOCK_M,
@@ -157,7 +157,7 @@ def _one_tile(
     SCAN: tl.constexpr,
 ):
     """One split of out[j, c] = keep_scale * sum_m D(P)[m, c] Q[m, j] for one tile of columns c."""
-    split = tl.program_id(1)
+    split = tl.program_id(0)
     offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside_c = offs_c < C
@@ -185,6 +185,7 @@ def _one_tile(
             p_ptr + rows * stride_pm + offs_c[None, :],
             mask=inside_p,
             other=0.0,
+            eviction_policy="evict_first",
         )
         q = tl.load(
             q_ptr + rows * stride_qm + offs_r[None, :],
@@ -212,7 +213,7 @@ def _one_tile(
         tl.store(out, (acc * keep_scale).to(out_ptr.dtype.element_ty), mask=inside)
     else:
         # partials [column tile, rank block, split, BLOCK_C, BLOCK_R], tiles as the grid counts them
-        slot = tl.program_id(0) * tl.num_programs(2) + tl.program_id(2)
+        slot = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
         base = partial_ptr + slot.to(tl.int64) * (SPLITS * BLOCK_C * BLOCK_R) + offs
         tl.store(base + split * (BLOCK_C * BLOCK_R), acc)
@@ -266,9 +267,9 @@ def rank_grad(
     x [M, K], dS [M, >= r] -> dA [r, K]; dY [M, N], S [M, >= r] -> dB [N, r]. `mask` holds dropout
     bits of x's shape. `partial` fp32 and `counters` int32 (zeroed) are needed when splits > 1.
     `adapters`: whose the tokens and the r columns are, if S and dS pack several.
-    `behind` (PDL) starts it while the launch before it still runs, which must be the descriptor
-    matmul launched with `pdl`: it lets others start when dS is complete, and writes nothing that is
-    read here. Until it ends, nothing that it uses may be given to this launch to write to.
+    `behind` (PDL) starts it while the launch before it still runs, which must be a dX launched with
+    `pdl`: it lets others start when dS is complete, and writes nothing that is read here. Until it
+    ends, nothing that it uses may be given to this launch to write to.
     """
     want_A, want_B = dA is not None, dB is not None
     K = dA.shape[1] if want_A else 0
@@ -277,7 +278,7 @@ def rank_grad(
     rows_per_split = cdiv(cdiv(M, config.BLOCK_M), splits) * config.BLOCK_M
     launch(
         rank_grad_kernel,
-        (tiles_A + tiles_B, splits, rank_blocks),
+        (splits, tiles_A + tiles_B, rank_blocks),
         (
             *(x, dS, dA, dY, S, dB, mask, partial, counters),
             *(adapters[:2] if adapters is not None else (None, None)),
@@ -288,7 +289,7 @@ def rank_grad(
             N,
             r,
             rows_per_split,
-            tiles_A,
+            tiles_B,
             x.stride(0) if want_A else 0,
             dS.stride(0) if want_A else 0,
             *(dA.stride() if want_A else (0, 0)),

@@ -30,12 +30,11 @@ from fused_lora.kernels import (
     decode,
     matmul,
     matmul_descriptor,
-    matmul_gluon,
-    matmul_producer,
+    matmul_hopper,
     rank_grad,
     shrink,
 )
-from fused_lora.kernels.launch import OPTIONS
+from fused_lora.kernels.launch import options_of
 from fused_lora.scale import Adapters
 
 M, K, N = 8192, 4096, 4096
@@ -82,10 +81,7 @@ def compile_launch(target, kernel, tensors, integers, floats, constexprs, tiles,
                 attributes[(index,)] = [["tt.divisibility", 16]]
     ast_source = GluonASTSource if kernel.is_gluon() else ASTSource
     source = ast_source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **OPTIONS}
-    if pdl:
-        options["launch_pdl"] = True
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options_of(tiles, pdl))
 
 
 def launches(target: str, bits: int):
@@ -112,6 +108,17 @@ def launches(target: str, bits: int):
             tensor(64, 2, **i32),
         )  # fmt: skip
 
+    for r in (16, config.MAX_BESIDE_RANK):
+        A, B, S = factors(r)
+        for tiles in table.get("shrink_beside", []):
+            shrink.shrink(x, A, S, tiles, 128, trigger=True)
+            yield f"shrink_beside r={r} forward"
+    for r in (16, 128):
+        A, B, S = factors(r)
+        for tiles in table.get("shrink_dropout", []):
+            dropped = {"seed": seed, "threshold": 3277, "mask": bits_x, "trigger": True}
+            shrink.shrink(x, A, S, tiles, 256, **dropped)
+            yield f"shrink_dropout r={r} forward"
     for index, tiles in enumerate(table["shrink"]):
         for r in (16, 128):
             A, B, S = factors(r)
@@ -162,15 +169,17 @@ def launches(target: str, bits: int):
         yield f"matmul[{index}] r=1024 forward, many adapters"
         matmul.matmul(dy, weight, x, tiles, b=A, S=S, mask=bits_x, adapters=pack(1024))
         yield f"matmul[{index}] r=1024 dX dropout, many adapters"
-    for index, tiles in enumerate(table["matmul_single"]):
+    singles = [("matmul_single", tiles) for tiles in table["matmul_single"]]
+    singles += [("matmul_few", tiles) for tiles in table.get("matmul_few", [])]
+    for index, (name, tiles) in enumerate(singles):
         A, B, S = factors(config.MAX_SINGLE_RANK)
         matmul.matmul(x, weight.t(), dy, tiles, a=A, b=B.t(), S=S, bias=bias, single=True)
-        yield f"matmul_single[{index}] r=64 forward"
+        yield f"{name}[{index}] r=64 forward"
         matmul.matmul(dy, weight, x, tiles, a=B.t(), b=A, S=S, single=True)
-        yield f"matmul_single[{index}] r=64 dX"
+        yield f"{name}[{index}] r=64 dX"
         many = {"single": True, "adapters": pack(config.MAX_SINGLE_RANK)}
         matmul.matmul(x, weight.t(), dy, tiles, a=A, b=B.t(), S=S, bias=bias, **many)
-        yield f"matmul_single[{index}] r=64 forward, many adapters"
+        yield f"{name}[{index}] r=64 forward, many adapters"
     for index, tiles in enumerate(table.get("matmul_descriptor", [])):
         name, run = f"matmul_descriptor[{index}]", matmul_descriptor.descriptor_matmul
         for r, pdl in ((128, True), (16, False)):
@@ -188,20 +197,19 @@ def launches(target: str, bits: int):
             yield f"{name} r=1024 forward pdl={pdl}, many adapters"
             run(dy, weight, x, tiles, 132, b=A, S=S, **many)
             yield f"{name} r=1024 dX pdl={pdl}, many adapters"
-    for index, tiles in enumerate(table.get("matmul_gluon", [])):
-        A, B, S = factors(128)
-        run = matmul_gluon.gluon_matmul
-        run(x, weight.t(), dy, tiles, 132, b=B.t(), S=S, bias=bias, pdl=True)
-        yield f"matmul_gluon[{index}] r=128 forward"
-        run(dy, weight, x, tiles, 132, b=A, S=S, pdl=True)
-        yield f"matmul_gluon[{index}] r=128 dX"
-    for index, tiles in enumerate(table.get("matmul_producer", [])):
-        A, B, S = factors(config.MAX_SINGLE_RANK)
-        run = matmul_producer.producer_matmul
-        run(x, weight.t(), A, B.t(), dy, S, counters, tiles, 132, bias=bias)
-        yield f"matmul_producer[{index}] r=64 forward"
-        run(dy, weight, B.t(), A, x, S, counters, tiles, 132)
-        yield f"matmul_producer[{index}] r=64 dX"
+    for index, tiles in enumerate(table.get("matmul_hopper", [])):
+        name, run = f"matmul_hopper[{index}]", matmul_hopper.hopper_matmul
+        for r in (16, 128):
+            A, B, S = factors(r)
+            run(x, weight.t(), dy, tiles, 132, b=B.t(), S=S, bias=bias, pdl=True)
+            yield f"{name} r={r} forward"
+            run(dy, weight, x, tiles, 132, b=A, S=S, pdl=True)
+            yield f"{name} r={r} dX"
+        run(x, weight.t(), dy, tiles, 132)
+        yield f"{name} plain forward"
+        A, B, S = factors(config.MAX_MASKED_RANK)
+        run(dy, weight, x, tiles, 132, b=A, S=S, mask=bits_x, keep_scale=1.1, pdl=True)
+        yield f"{name} r=64 dX dropout"
     for index, tiles in enumerate(table["rank_grad"]):
         variants = {
             f"r={r}{' dropout' if mask is not None else ''}": (r, {"mask": mask})
@@ -331,7 +339,7 @@ def facts_of(target: str, only: str = "") -> dict:
         else GPUTarget("cuda", int(part[3:]), 32)
     )
     pending: list = []
-    modules = (shrink, matmul, matmul_descriptor, matmul_gluon, matmul_producer, rank_grad, decode)
+    modules = (shrink, matmul, matmul_descriptor, matmul_hopper, rank_grad, decode)
     for module in modules:
         module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
             (kernel, *arguments, pdl)

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 LAUNCHES, WORDS = 16, 64
 M, N, K, R = 256, 512, 384, 16
-BEHIND = "rank_grad behind dX"
 SEVERAL, SHARED_STORAGE = "several adapters", "two inputs share an address"
 TWO_TAPES = (SEVERAL, SHARED_STORAGE)
 MAPS = "tensor maps made again, by number of layers"
@@ -31,12 +30,11 @@ class Launch(ctypes.Structure):
 
 def cases():
     """{name: (path, tokens, options)}"""
-    named = {path: (path, M, {}) for path in ("pdl", "serial", "portable", "single", "producer")}
+    named = {path: (path, M, {}) for path in ("hopper", "pdl", "portable", "single")}
     named["decode"] = ("decode", 16, {})
-    named[BEHIND] = ("pdl", M, {"rank_grad": "behind"})
-    named["dropout"] = ("pdl", M, {"dropout_p": 0.25})
+    named["dropout"] = ("hopper", M, {"dropout_p": 0.25})
     named["fp32 adapters, rank 3"] = ("pdl", M, {"r": 3, "adapters_fp32": True})
-    named["bias and scaling tensor"] = ("pdl", M, {"bias": True, "scaling": True})
+    named["bias and scaling tensor"] = ("hopper", M, {"bias": True, "scaling": True})
     named["fp32"] = ("auto", M, {"fp32": True})
     named["odd address"] = ("auto", M, {"offset": 1})
     named[SEVERAL] = ("pdl", M, {"r": 32, "several": True})
@@ -113,7 +111,7 @@ def facts(stub, path, tokens, options):
     from fused_lora.kernels import config, tape
 
     options = dict(options)
-    config.PATH, config.RANK_GRAD = path, options.pop("rank_grad", "after")
+    config.PATH = path
     launched = ctypes.c_uint.in_dll(stub, "stub_launched")
     noted = (Launch * LAUNCHES).in_dll(stub, "stub_launches")
     parameters = (ctypes.c_uint * LAUNCHES).in_dll(stub, "stub_parameters")

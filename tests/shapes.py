@@ -66,7 +66,10 @@ MATMUL_COVER += tuple((*row, mode) for row in TWO_RANK_BLOCKS for mode in MODES[
 DESCRIPTOR_COVER = pairwise(  # S given or not, PDL or not, y in one part or two
     TOKENS, FEATURES, FEATURES, RANKS, (FP16, BF16), ("plain", "given"), (False, True), (1, 2)
 )
-PRODUCER_COVER = pairwise(TOKENS, FEATURES, FEATURES, (1, 3, 8, 16, 33, 64), (FP16, BF16))
+HOPPER_COVER = pairwise(  # S given, and masked; PDL or not; width of a tile
+    *(TOKENS, FEATURES, FEATURES, RANKS, (FP16, BF16)),
+    *(("plain", "given", "masked"), (False, True), (128, 256)),
+)
 GRAD_COVER = pairwise(  # what is wanted, splits, masked or not
     TOKENS, FEATURES, FEATURES, RANKS, DTYPES, ("A", "B", "AB"), (1, 3), (False, True)
 )
@@ -75,17 +78,14 @@ DECODE_COVER = pairwise(  # splits, S stored or not
     (1, 7, 33, 64), FEATURES, FEATURES, (1, 3, 8, 16, 33, 64), DTYPES, (1, 2, 4), (False, True)
 )
 HERE = config.device_of(None if triton_backend.INTERPRETING else 0)
-DESCRIPTOR_PATHS = ("pdl", "gluon", "serial", "producer")
+DESCRIPTOR_PATHS = ("hopper", "pdl")
 
 
 def runs_here(path):
     """Whether the machine that runs the tests can take this path. The interpreter takes all but
-    Gluon."""
-    hopper = HERE.capability == 90
-    if path == "gluon":
-        return hopper
-    if path == "producer":
-        return hopper or HERE is config.INTERPRETER
+    Gluon, in which `hopper` is written."""
+    if path == "hopper":
+        return HERE.capability == 90
     return path not in DESCRIPTOR_PATHS or config.has_descriptors(HERE)
 
 
@@ -97,8 +97,6 @@ def takes(path, M, r, dtype):
     bits = 8 * dtype.itemsize
     if path in DESCRIPTOR_PATHS and bits != 16:
         return False
-    if path == "producer":  # reads lora_B by a descriptor, too
-        return r % 8 == 0 and r <= config.MAX_SINGLE_RANK
     if path == "decode":
         most_tokens, most_ranks = config.MAX_DECODE[bits]
         return most_tokens >= M and r <= most_ranks

@@ -7,6 +7,7 @@ import pytest
 from fused_lora.kernels import config
 
 H100 = config.Device("NVIDIA H100 80GB HBM3", "cuda", 90, 132)
+B200 = config.Device("NVIDIA B200", "cuda", 100, 148)
 A100 = config.Device("NVIDIA A100-SXM4-80GB", "cuda", 80, 108)
 RTX5090 = config.Device("NVIDIA GeForce RTX 5090", "cuda", 120, 170)
 MI300 = config.Device("AMD Instinct MI300X", "hip", 94, 304)
@@ -17,7 +18,6 @@ def choose(device, M, N, K, r, bits=16, **changes):
         "dropout": False,
         "masked_output": False,
         "describable": True,
-        "adapter_describable": True,
         **changes,
     }
     return config.choose_product(device, bits, M, N, K, r, **options)
@@ -48,9 +48,10 @@ def table(monkeypatch, tmp_path):
     forget()
 
 
-def test_training_shapes_on_hopper_hide_shrink_behind_the_descriptor_matmul():
+def test_training_shapes_on_hopper_hide_shrink_behind_the_matmul():
     plan = choose(H100, 8192, 4096, 4096, 16)
-    assert plan.path == "pdl"
+    assert plan.path == "hopper"
+    assert choose(B200, 8192, 4096, 4096, 16).path == "pdl"
     assert (plan.matmul.BLOCK_M, plan.matmul.BLOCK_N) == (128, 256)
     assert plan.launches == 2 and plan.memsets == 0
 
@@ -59,20 +60,38 @@ def test_shrink_takes_the_idle_sms_of_the_last_wave_or_all():
     # 64 x 16 tiles on 132 SMs leave 32 idle in the last wave; 8192 rows are 64 blocks
     plan = choose(H100, 8192, 4096, 4096, 16)
     assert plan.shrink_programs == 32
-    # one wave of 64 x 4 tiles leaves 8 idle, far too few for 64 blocks: all of them
-    assert choose(H100, 8192, 1024, 4096, 16).shrink_programs == 64
+    # one wave of 64 x 4 tiles leaves 8 idle, far too few: all of them, with tiles of their own
+    plan = choose(H100, 8192, 1024, 4096, 16)
+    assert plan.shrink_programs == 128 and plan.shrink.BLOCK_M == 64
+    # which at larger ranks would be too slow, so that they are as large as in the window
+    plan = choose(H100, 8192, 1024, 4096, 64)
+    assert plan.shrink_programs == 64 and plan.shrink.BLOCK_M == 128
+
+
+def test_drawing_a_mask_takes_every_sm():
+    plan = choose(H100, 8192, 4096, 4096, 16, dropout=True)
+    assert plan.path == "hopper" and plan.shrink_programs == 256
 
 
 def test_few_tokens_take_one_decode_launch():
     assert choose(H100, 1, 4096, 4096, 16).path == "decode"
-    assert choose(H100, 64, 4096, 4096, 64).path == "decode"
-    assert choose(H100, 65, 4096, 4096, 16).path == "pdl"
-    assert choose(H100, 16, 4096, 4096, 128).path == "pdl"
+    assert choose(H100, 64, 1024, 4096, 64).path == "decode"
+    assert choose(H100, 65, 4096, 4096, 16).path == "hopper"
+    assert choose(H100, 16, 4096, 4096, 128).path == "hopper"
+
+
+def test_a_batch_of_tokens_takes_narrow_tiles_if_they_fill_the_device():
+    plan = choose(H100, 64, 4096, 4096, 64)
+    assert plan.path == "single" and plan.matmul.BLOCK_N == 32
+    assert choose(H100, 64, 14336, 4096, 16).matmul.BLOCK_N == 128
+    assert choose(A100, 64, 4096, 4096, 16).path == "decode"
 
 
 def test_dropout_never_takes_a_path_that_cannot_mask():
-    assert choose(H100, 1, 4096, 4096, 16, dropout=True).path == "pdl"
-    assert choose(H100, 8192, 4096, 4096, 16, masked_output=True).path == "portable"
+    assert choose(H100, 1, 4096, 4096, 16, dropout=True).path == "hopper"
+    assert choose(H100, 8192, 4096, 4096, 16, masked_output=True).path == "hopper"
+    assert choose(H100, 8192, 4096, 4096, 128, masked_output=True).path == "portable"
+    assert choose(B200, 8192, 4096, 4096, 16, masked_output=True).path == "portable"
     assert choose(A100, 8, 4096, 4096, 8, masked_output=True).path == "portable"
 
 
@@ -108,27 +127,27 @@ def test_unknown_gpus_take_the_defaults_of_the_nearest_older_architecture():
 
 
 def test_a_measured_table_wins_for_its_sizes_alone(table):
-    tiles = {**vars(config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]), "num_stages": 2}
+    tiles = {**vars(config.defaults()["sm_90"]["16"]["matmul_hopper"][0]), "num_stages": 2}
     key = {"bits": 16, "M": 8192, "N": 4096, "K": 4096, "r": 16}
     table(
         H100,
         [
-            {"op": "matmul_descriptor", **key, "config": tiles},
-            {"op": "path", **key, "choice": "serial"},
+            {"op": "matmul_hopper", **key, "config": tiles},
+            {"op": "path", **key, "choice": "hopper"},
             {"op": "backend", **key, "choice": "aten"},
         ],
     )
     plan = choose(H100, 8000, 4096, 4096, 16)  # the bucket of 8192
-    assert plan.path == "serial" and plan.matmul.num_stages == 2
-    assert choose(H100, 8193, 4096, 4096, 16).path == "pdl"
+    assert plan.path == "hopper" and plan.matmul.num_stages == 2
+    assert choose(H100, 8193, 4096, 4096, 16).matmul.num_stages == 3
     assert config.choose_backend(H100, 16, 8192, 4096, 4096, 16) == "aten"
     assert config.choose_backend(H100, 16, 8192, 4096, 4096, 32) == "triton"
 
 
 def test_a_table_of_another_triton_is_not_used(table):
     key = {"bits": 16, "M": 8192, "N": 4096, "K": 4096, "r": 16}
-    table(H100, [{"op": "path", **key, "choice": "serial"}], triton="2.0")
-    assert choose(H100, 8192, 4096, 4096, 16).path == "pdl"
+    table(H100, [{"op": "path", **key, "choice": "pdl"}], triton="2.0")
+    assert choose(H100, 8192, 4096, 4096, 16).path == "hopper"
 
 
 def test_a_forced_path_is_taken_where_it_can_run(monkeypatch):
@@ -136,21 +155,17 @@ def test_a_forced_path_is_taken_where_it_can_run(monkeypatch):
         monkeypatch.setattr(config, "PATH", path)
         assert choose(H100, 32, 4096, 4096, 16).path == path
     monkeypatch.setattr(config, "PATH", "single")
-    assert choose(H100, 32, 4096, 4096, 128).path == "pdl"
+    assert choose(H100, 32, 4096, 4096, 128).path == "hopper"
     monkeypatch.setattr(config, "PATH", "fastest")
     with pytest.raises(ValueError, match="FUSED_LORA_PATH must be auto or one of"):
         choose(H100, 33, 4096, 4096, 16)
 
 
-def test_rank_grad_runs_behind_dx_only_where_dx_lets_it(monkeypatch):
-    pdl, decode = choose(H100, 8192, 4096, 4096, 16), choose(H100, 32, 4096, 4096, 16)
-    assert not config.rank_grad_behind(pdl)
-    monkeypatch.setattr(config, "RANK_GRAD", "behind")
-    assert config.rank_grad_behind(pdl)
-    assert not config.rank_grad_behind(decode) and not config.rank_grad_behind(None)
-    monkeypatch.setattr(config, "RANK_GRAD", "before")
-    with pytest.raises(ValueError, match="FUSED_LORA_RANK_GRAD must be one of"):
-        config.rank_grad_behind(pdl)
+def test_rank_grad_runs_behind_dx_only_where_dx_lets_it():
+    assert config.rank_grad_behind(choose(H100, 8192, 4096, 4096, 16))
+    assert not config.rank_grad_behind(choose(B200, 8192, 4096, 4096, 16))
+    assert not config.rank_grad_behind(choose(H100, 16, 4096, 4096, 16))
+    assert not config.rank_grad_behind(None)
 
 
 def test_auto_takes_the_kernels_only_where_they_are_built_for():

@@ -26,7 +26,7 @@ def gradients(case, needs):
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids="-".join)
-@pytest.mark.parametrize("path", ["serial", "single", "decode"])
+@pytest.mark.parametrize("path", ["pdl", "single", "decode"])
 def test_split_sums_start_from_zeroed_counters(path, needs, monkeypatch, device):
     force_path(monkeypatch, path)
     monkeypatch.setattr(config, "rank_grad_splits", lambda *given: 2)

@@ -111,7 +111,7 @@ def test_rows_columns_and_calls_are_independent(p, device):
 @kernels
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", ("portable", "serial", "aten"))
+@pytest.mark.parametrize("path", ("portable", "pdl", "aten"))
 def test_forward_dx_and_da_use_the_mask_of_the_seed(path, dtype, p, monkeypatch, device):
     """Against the reference given the mask itself: right only if all three use it."""
     if path != "aten":

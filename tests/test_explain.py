@@ -139,7 +139,7 @@ def test_a_path_for_hopper_is_explained_where_there_is_none(monkeypatch):
     layer = make(backend="triton", dtype=torch.bfloat16)
     _, forward, dx = explain(layer).splitlines()
     for line in (forward, dx):
-        assert "triton pdl, 2 launches, shrink on " in line and "descriptors" in line
+        assert "triton hopper, 2 launches, shrink on " in line and "descriptors" in line
     assert "triton decode, 1 launch" in explain(layer, torch.empty(1, K, dtype=torch.bfloat16))
 
 

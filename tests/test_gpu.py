@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_lora import FusedLoRALinear, lora_linear, testing
-from fused_lora.kernels import config, decode, matmul_descriptor, matmul_producer, rank_grad
+from fused_lora.kernels import config, decode, matmul_descriptor, rank_grad, tape
 from fused_lora.kernels.launch import cdiv, launch
 
 triton = pytest.importorskip("triton")
@@ -16,6 +16,8 @@ pytestmark = pytest.mark.gpu
 
 fused = functools.partial(lora_linear, backend="triton")
 M, N, K, R = 512, 1024, 768, 16
+TILES = config.defaults()["sm_90"]["16"]
+MATMULS = ("descriptor", "hopper")
 
 
 def hopper():
@@ -38,42 +40,53 @@ def _late_copy(source_ptr, target_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.c
     tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < n), mask=offs < n)
 
 
-def _behind_a_slow_shrink(pdl):
-    """y of the descriptor matmul launched behind a shrink that writes S late, and the truth."""
-    tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
+def _matmul(name):
+    """(module, launcher, tiles) of a matmul that is launched behind a shrink."""
+    if name == "descriptor":
+        hopper()
+        return matmul_descriptor, "descriptor_matmul", TILES["matmul_descriptor"][0]
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the Gluon matmul needs Hopper")
+    from fused_lora.kernels import matmul_hopper
+
+    return matmul_hopper, "hopper_matmul", TILES["matmul_hopper"][0]
+
+
+def _behind_a_slow_shrink(name, pdl):
+    """y of a matmul launched behind a shrink that writes S late, and the truth."""
+    module, launcher, tiles = _matmul(name)
     x, weight, B, S = bf16(M, K), bf16(N, K), bf16(N, R), bf16(M, R)
     late, y = torch.full_like(S, float("nan")), torch.empty(M, N, device="cuda", dtype=x.dtype)
     torch.cuda.synchronize()
     _late_copy[(cdiv(S.numel(), 1024),)](S, late, S.numel(), 2_000_000, 1024)
-    matmul_descriptor.descriptor_matmul(x, weight.t(), y, tiles, 132, b=B.t(), S=late, pdl=pdl)
+    getattr(module, launcher)(x, weight.t(), y, tiles, 132, b=B.t(), S=late, pdl=pdl)
     torch.cuda.synchronize()
     return y.double(), x.double() @ weight.double().t() + S.double() @ B.double().t()
 
 
-def test_the_matmul_waits_for_a_delayed_shrink():
-    hopper()
-    _behind_a_slow_shrink(pdl=True)  # compiles: the second time nothing stands between the launches
+@pytest.mark.parametrize("name", MATMULS)
+def test_the_matmul_waits_for_a_delayed_shrink(name):
+    _behind_a_slow_shrink(name, pdl=True)  # compiles: then nothing stands between the launches
     for _ in range(5):
-        y, exact = _behind_a_slow_shrink(pdl=True)
+        y, exact = _behind_a_slow_shrink(name, pdl=True)
         assert (y - exact).norm() <= 2**-7 * exact.norm()
 
 
-def test_without_the_wait_the_delayed_shrink_is_noticed(monkeypatch):
+@pytest.mark.parametrize("name", MATMULS)
+def test_without_the_wait_the_delayed_shrink_is_noticed(name, monkeypatch):
     """The control: launched early but never waiting, it must read the NaNs."""
-    hopper()
     early = functools.partial(launch, pdl=True)
-    monkeypatch.setattr(matmul_descriptor, "launch", lambda *arguments, pdl: early(*arguments))
-    _behind_a_slow_shrink(pdl=False)
-    y, _ = _behind_a_slow_shrink(pdl=False)
+    monkeypatch.setattr(_matmul(name)[0], "launch", lambda *arguments, pdl: early(*arguments))
+    _behind_a_slow_shrink(name, pdl=False)
+    y, _ = _behind_a_slow_shrink(name, pdl=False)
     assert y.isnan().any()
 
 
-def test_rank_grad_behind_dx_sees_a_delayed_ds_and_ends_after_dx():
+@pytest.mark.parametrize("name", MATMULS)
+def test_rank_grad_behind_dx_sees_a_delayed_ds_and_ends_after_dx(name):
     """shrink writes dS late: the matmul lets rank_grad start only when it is there. What follows
     rank_grad on the stream reads all of dX."""
-    hopper()
-    tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
-    grad_tiles = config.defaults()["sm_90"]["16"]["rank_grad"][0]
+    module, launcher, tiles = _matmul(name)
     tokens, size = 8192, 4096  # a dX of several waves
     dy, weight, x, A = bf16(tokens, size), bf16(size, size), bf16(tokens, size), bf16(R, size)
     S, dS = bf16(tokens, R), bf16(tokens, R)
@@ -84,9 +97,10 @@ def test_rank_grad_behind_dx_sees_a_delayed_ds_and_ends_after_dx():
         dA, dB = torch.empty_like(A), torch.empty_like(A.t())
         torch.cuda.synchronize()
         _late_copy[(cdiv(dS.numel(), 1024),)](dS, late, dS.numel(), 2_000_000, 1024)
-        matmul_descriptor.descriptor_matmul(dy, weight, dx, tiles, 132, b=A, S=late, pdl=True)
+        getattr(module, launcher)(dy, weight, dx, tiles, 132, b=A, S=late, pdl=True)
         rank_grad.rank_grad(
-            *(grad_tiles, 1, tokens, R), x=x, dS=late, dA=dA, dY=dy, S=S, dB=dB, behind=True
+            *(TILES["rank_grad"][0], 1, tokens, R),
+            **{"x": x, "dS": late, "dA": dA, "dY": dy, "S": S, "dB": dB, "behind": True},
         )
         copy = dx.clone()
         torch.cuda.synchronize()
@@ -96,13 +110,17 @@ def test_rank_grad_behind_dx_sees_a_delayed_ds_and_ends_after_dx():
 
 @pytest.mark.parametrize("rank", [3, R, 64])
 def test_rank_grad_behind_dx_gives_the_same_bits(rank, monkeypatch):
-    hopper()
+    _matmul("hopper")
     case = testing.make_case(8192, 4096, 4096, rank, torch.bfloat16, device="cuda", amplify=False)
-    after = testing.gradients(fused, *case.tensors())
-    monkeypatch.setattr(config, "RANK_GRAD", "behind")
+    behind = testing.gradients(fused, *case.tensors())
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "rank_grad_behind", lambda plan: False)
+        tape.forget()
+        after = testing.gradients(fused, *case.tensors())
+    tape.forget()
     for _ in range(100):
-        behind = testing.gradients(fused, *case.tensors())
         assert all(torch.equal(behind[name], after[name]) for name in after)
+        behind = testing.gradients(fused, *case.tensors())
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -171,7 +189,7 @@ def test_two_streams_at_once_do_not_disturb_each_other():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["rank_grad", "decode", "producer"])
+@pytest.mark.parametrize("kernel", ["rank_grad", "decode"])
 def test_ten_thousand_launches_are_bit_equal(kernel):
     x, dy, weight, S = bf16(M, K), bf16(M, N), bf16(N, K), bf16(M, R)
     A, B = bf16(R, K), bf16(N, R)
@@ -201,33 +219,23 @@ def test_ten_thousand_launches_are_bit_equal(kernel):
                 counters=counters,
             )
             return dA, dB
-        if kernel == "decode":
-            tiles = next(
-                t
-                for t in config.defaults()[config.target_of(device)]["16"]["decode"]
-                if t.SPLITS == 4
-            )
-            y, few = torch.empty(16, N, device="cuda", dtype=x.dtype), x[:16]
-            sizes = decode.workspace(16, N, R, tiles)
-            decode.decode(
-                few,
-                weight.t(),
-                A,
-                B.t(),
-                y,
-                tiles,
-                partial=torch.empty(sizes[0], **float32),
-                partial_s=torch.empty(sizes[1], **float32),
-                counters=counters,
-            )
-            return (y,)
-        hopper()
-        tiles = config.defaults()["sm_90"]["16"]["matmul_descriptor"][0]
-        y, own_S = torch.empty_like(dy), torch.empty_like(S)
-        matmul_producer.producer_matmul(
-            x, weight.t(), A, B.t(), y, own_S, counters, tiles, device.sm_count
+        tiles = next(
+            t for t in config.defaults()[config.target_of(device)]["16"]["decode"] if t.SPLITS == 4
         )
-        return y, own_S
+        y, few = torch.empty(16, N, device="cuda", dtype=x.dtype), x[:16]
+        sizes = decode.workspace(16, N, R, tiles)
+        decode.decode(
+            few,
+            weight.t(),
+            A,
+            B.t(),
+            y,
+            tiles,
+            partial=torch.empty(sizes[0], **float32),
+            partial_s=torch.empty(sizes[1], **float32),
+            counters=counters,
+        )
+        return (y,)
 
     first = run()
     for _ in range(10_000):

@@ -15,9 +15,9 @@ from shapes import (
     FP16,
     FP32,
     GRAD_COVER,
+    HOPPER_COVER,
     MATMUL_COVER,
     PATHS,
-    PRODUCER_COVER,
     TWO_RANK_BLOCKS,
     Output,
     embedded,
@@ -28,10 +28,8 @@ from shapes import (
 from fused_lora import dropout, reference
 from fused_lora.kernels import config
 from fused_lora.kernels.decode import decode, workspace
-from fused_lora.kernels.launch import INTERPRETING
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
-from fused_lora.kernels.matmul_producer import producer_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
 from fused_lora.scale import padded_rank
@@ -175,7 +173,7 @@ def assert_layer_right(y, stored, X, w, a, b, bias):
         stored.assert_rim_untouched()
 
 
-@pytest.mark.skipif("serial" not in PATHS, reason="this GPU takes the portable kernel")
+@pytest.mark.skipif("pdl" not in PATHS, reason="this GPU takes the portable kernel")
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "mode", "pdl", "parts"), DESCRIPTOR_COVER)
 def test_descriptor_matmul(M, K, N, r, dtype, mode, pdl, parts, device):
     K, N = multiple_of_8(K), multiple_of_8(N)
@@ -193,18 +191,38 @@ def test_descriptor_matmul(M, K, N, r, dtype, mode, pdl, parts, device):
         y.assert_rim_untouched()
 
 
-@pytest.mark.skipif("producer" not in PATHS, reason="for Hopper alone")
-@pytest.mark.parametrize(("M", "K", "N", "r", "dtype"), PRODUCER_COVER)
-def test_producer_matmul(M, K, N, r, dtype, device):
-    K, N, r = multiple_of_8(K), multiple_of_8(N), multiple_of_8(r)
+@pytest.mark.skipif("hopper" not in PATHS, reason="written in Gluon, for Hopper alone")
+@pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "mode", "pdl", "width"), HOPPER_COVER)
+def test_hopper_matmul(M, K, N, r, dtype, mode, pdl, width, device):
+    from fused_lora.kernels.matmul_hopper import hopper_matmul
+
+    K, N = multiple_of_8(K), multiple_of_8(N)
     for X, w, a, b, bias in products(M, K, N, r, dtype, device):
-        y, S = Output(M, w.shape[1], dtype, device), Output(M, padded_rank(r), dtype, device)
-        tiles = tiles_of(M, X.shape[1], w.shape[1])
-        flags = torch.zeros(-(-M // tiles.BLOCK_M), dtype=torch.int32, device=device)
-        programs = 1 if INTERPRETING else 5
-        out = y.matrix, S.matrix, flags, tiles, programs
-        producer_matmul(X, w, a, b, *out, bias=bias, scale=SCALE)
-        assert_layer_right(y.matrix, S, X, w, a, b, bias)
+        if mode == "masked" and r > config.MAX_MASKED_RANK:
+            continue
+        rows, columns = M, w.shape[1]
+        S, tiles = s_of(X, a, padded_rank(r)), config.Matmul(128, width, 64, 8, 8, 3, 2)
+        if w.stride(1) != 1 and r % 8:  # lora_B as shrink packs it
+            b = torch.nn.functional.pad(b, (0, 0, 0, padded_rank(r) - r)).t().contiguous().t()
+        y = Output(rows, columns, dtype, device)
+        torch.cuda.synchronize()  # what a kernel before the shrink would have written
+        if mode == "plain":
+            hopper_matmul(X, w, y.matrix, tiles, 3, bias=bias)
+            assert_right(y.matrix, lambda X, w, bias: X @ w + bias, X, w, bias)
+        elif mode == "given":
+            given = {"b": b, "S": embedded(S), "bias": bias, "pdl": pdl}
+            hopper_matmul(X, w, y.matrix, tiles, 3, **given)
+            assert_right(y.matrix, adapted, X, w, S, b, bias)
+        else:
+            mask = dropout.packed_mask(torch.tensor(r, device=device), rows, columns, P)
+            keep = dropout.unpack(mask, columns)
+            masked = {"mask": mask, "keep_scale": 1 / (1 - P), "pdl": pdl}
+            hopper_matmul(X, w, y.matrix, tiles, 3, b=b, S=embedded(S), **masked)
+            assert_right(
+                y.matrix,
+                lambda X, w, S, b, keep=keep: X @ w + (S[:, : b.shape[0]] @ b) * keep / (1 - P),
+                *(X, w, S, b),
+            )
         y.assert_rim_untouched()
 
 

@@ -24,7 +24,7 @@ from fused_lora.testing import check
 
 kernels = pytest.mark.kernels
 
-MULTI_PATHS = tuple(path for path in PATHS if path != "producer")
+MULTI_PATHS = PATHS
 RANKS = ((16,), (8, 16, 64), (1,), (33,), (1, 16, 33, 8))
 SIZES = ((1, 50, 70), (7, 500, 50), (33, 56, 72), (100, 72, 56), (130, 70, 50))  # M, N, K
 
@@ -210,7 +210,7 @@ def test_dropout_drops_what_the_specification_drops(dtype, backend, device):
 
 
 @kernels
-@pytest.mark.parametrize("path", ("portable", "serial", "decode", "aten"))
+@pytest.mark.parametrize("path", ("portable", "pdl", "decode", "aten"))
 def test_fp32_adapters_on_a_16_bit_base(path, force, device):
     if path not in (*PATHS, "aten"):
         pytest.skip("this GPU takes the portable kernel")

@@ -16,7 +16,7 @@ from fused_lora.scale import Adapters
 pytestmark = pytest.mark.kernels
 
 KERNELS = (shrink, matmul, matmul_descriptor, decode, rank_grad)
-MULTI_PATHS = tuple(path for path in PATHS if path != "producer")
+MULTI_PATHS = PATHS
 MANY = (16,) * 33  # beyond the rank from which the matmul looks up windows
 
 

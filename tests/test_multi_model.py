@@ -57,13 +57,13 @@ def test_the_block_chooses_the_adapters_and_blocks_nest():
 
 
 def test_explain_speaks_of_the_total_rank(path):
-    path("serial")
+    path("pdl")
     layer = layer_of(adapters=3, backend="aten")
     assert "-> 24, 3 adapters, total r=48, float32 on" in explain(nn.Sequential(layer))
     layer.backend = "triton"
     bf16 = torch.empty(300, K, dtype=BF16)
     if not torch.cuda.is_available():
-        assert "forward: triton serial, 2 launches" in explain(layer, bf16)
+        assert "forward: triton pdl, 2 launches" in explain(layer, bf16)
 
 
 @pytest.mark.parametrize("dropout_p", (0.0, 0.5))

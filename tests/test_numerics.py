@@ -26,8 +26,7 @@ from shapes import (
 )
 
 from fused_lora import lora_linear, ops, reference
-from fused_lora.kernels import config, rank_grad
-from fused_lora.kernels.launch import launch
+from fused_lora.kernels import config
 from fused_lora.testing import check, make_case, violations_of
 
 kernels = pytest.mark.kernels
@@ -111,25 +110,8 @@ def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
 
 
 @kernels
-@pytest.mark.skipif("pdl" not in PATHS, reason="this GPU takes the portable kernel")
-@pytest.mark.parametrize("dtype", (FP16, BF16))
-def test_rank_grad_behind_dx_gives_the_same_bits(dtype, force, device, monkeypatch):
-    taken = force("pdl")
-    case = make_case(200, 128, 192, 24, dtype, device=device)
-    after = results(TRITON, case)
-    monkeypatch.setattr(config, "RANK_GRAD", "behind")
-    launched = []
-    monkeypatch.setattr(
-        rank_grad, "launch", lambda *given, pdl: (launched.append(pdl), launch(*given, pdl=pdl))
-    )
-    behind = results(TRITON, case)
-    assert set(taken) == {"pdl"} and launched == [True]
-    assert all(torch.equal(behind[name], after[name]) for name in after)
-
-
-@kernels
 @pytest.mark.parametrize("base", (FP16, BF16))
-@pytest.mark.parametrize("path", [p for p in PATHS if p != "producer"] + ["aten"])
+@pytest.mark.parametrize("path", (*PATHS, "aten"))
 def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, device):
     taken = [path] if path == "aten" else force(path)
     layer = ATEN if path == "aten" else TRITON

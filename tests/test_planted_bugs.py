@@ -29,7 +29,7 @@ from shapes import (
 )
 
 from fused_lora import lora_linear, ops, triton_backend
-from fused_lora.kernels import config, decode, matmul, matmul_descriptor, matmul_producer, shrink
+from fused_lora.kernels import config, decode, matmul, matmul_descriptor, shrink
 from fused_lora.kernels import rank_grad as grad
 from fused_lora.testing import make_case, violations_of
 
@@ -38,7 +38,6 @@ LAUNCHERS = {
     shrink: "shrink",
     matmul: "matmul",
     matmul_descriptor: "descriptor_matmul",
-    matmul_producer: "producer_matmul",
     decode: "decode",
     grad: "rank_grad",
 }
@@ -192,14 +191,11 @@ OTHER_PATHS = (
         "inside_m = offs_m < M - 1",
         "decode",
     ),
-    Bug("S not padded", shrink, "(offs_r < columns)", "(offs_r < r)", "serial", RAGGED[::2]),
-    Bug("adapter missing", matmul_descriptor, "main_steps + RANK_STEPS", "main_steps", "serial"),
-    Bug("last K tile dropped", matmul_descriptor, "tl.cdiv(K, BLOCK_K)", "K // BLOCK_K", "serial"),
-    Bug("B packed short", shrink, "(offs_m < rows)", "(offs_m < rows - 1)", "serial", RAGGED[::2]),
+    Bug("S not padded", shrink, "(offs_r < columns)", "(offs_r < r)", "pdl", RAGGED[::2]),
+    Bug("adapter missing", matmul_descriptor, "main_steps + RANK_STEPS", "main_steps", "pdl"),
+    Bug("last K tile dropped", matmul_descriptor, "tl.cdiv(K, BLOCK_K)", "K // BLOCK_K", "pdl"),
+    Bug("B packed short", shrink, "(offs_m < rows)", "(offs_m < rows - 1)", "pdl", RAGGED[::2]),
     Bug("first tile without adapter", matmul_descriptor, "main_steps, 0)", "steps, 0)", "pdl"),
-    Bug("last K tile dropped", matmul_producer, "tl.cdiv(K, BLOCK_K)", "K // BLOCK_K", "producer"),
-    Bug("last rank dropped", matmul_producer, "(offs_r < r)", "(offs_r < r - 1)", "producer"),
-    Bug("scale 5 % off", matmul_producer, "(side * scale)", "(side * scale * 1.05)", "producer"),
 )
 BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS
 
@@ -226,8 +222,6 @@ def violations(path, dtype, shape, device, **options):
     M, K, N, r = shape
     if path in DESCRIPTOR_PATHS:
         K, N = multiple_of_8(K), multiple_of_8(N)
-    if path == "producer":
-        r = multiple_of_8(r)
     if path == "decode":
         limits = config.MAX_DECODE[8 * dtype.itemsize]
         M, r = min(M, limits[0]), min(r, limits[1])
@@ -280,7 +274,7 @@ def test_without_the_floor_the_rule_catches_a_scale_wrong_by_04_percent(
 def test_every_path_that_can_run_here_is_tested():
     missing = set(config.PATHS) - set(PATHS)
     if HERE is config.INTERPRETER:
-        assert missing == {"gluon"}
+        assert missing == {"hopper"}
     else:
         assert not missing or HERE.capability != 90
     assert {path for *_, path in PATH_COVER} == set(PATHS)

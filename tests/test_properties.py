@@ -199,11 +199,10 @@ def product_alone(case, path):
         drawn=False,
         masked=False,
         addressable=True,
-        adapter_addressable=True,
     )
     assert plan.path == path
     y = case.x.new_empty((M, N))
-    if path == "serial":
+    if path == "pdl":
         descriptor_matmul(case.x, case.weight.t(), y, plan.matmul, 4, bias=case.bias)
     else:
         matmul(case.x, case.weight.t(), y, plan.matmul, bias=case.bias)
@@ -212,9 +211,9 @@ def product_alone(case, path):
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", ("portable", "single", "serial", "aten"))
+@pytest.mark.parametrize("path", ("portable", "single", "pdl", "aten"))
 def test_zero_lora_b_gives_the_base_product_bit_for_bit(path, dtype, monkeypatch, device):
-    if path == "serial" and (dtype == FP32 or path not in PATHS):
+    if path == "pdl" and (dtype == FP32 or path not in PATHS):
         pytest.skip("the descriptor path takes 16-bit dtypes, on Hopper")
     case = make_case(100, 56, 200, 16, dtype, device=device)
     if path == "aten":
