@@ -19,7 +19,6 @@ from fused_lora.kernels import config
 from fused_lora.kernels.decode import decode, workspace
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
-from fused_lora.kernels.matmul_producer import producer_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
 from fused_lora.scale import padded_rank
@@ -192,7 +191,7 @@ class RankGrad(Candidate):
 
 @dataclass(frozen=True)
 class Backward(Candidate):
-    """shrink, dX and rank_grad, as the layer launches them on the path pdl."""
+    """shrink, dX and rank_grad, as the layer launches them on the paths hopper and pdl."""
 
     plan: config.Product
     tiles: config.RankGrad
@@ -252,14 +251,12 @@ def _rank_grad(
 @dataclass(frozen=True)
 class Layer(Candidate):
     """The layer as a user calls it. compute: "triton", "aten" or "auto", this library's backends,
-    or "eager3" or "addmm" of providers.py. path: one of config.PATHS, forced, or "auto"; rank_grad:
-    one of config.RANK_GRADS."""
+    or "eager3" or "addmm" of providers.py. path: one of config.PATHS, forced, or "auto"."""
 
     compute: str
     mode: str  # "fwd", without gradients, or "fwd+bwd"
     path: str = "auto"
     dropout: bool = False
-    rank_grad: str = "after"
 
     @property
     def rule(self) -> str:  # type: ignore[override]
@@ -275,8 +272,7 @@ class Layer(Candidate):
         forward = self._function(o.inputs)
 
         def call() -> Results:
-            forced = config.PATH, config.RANK_GRAD
-            config.PATH, config.RANK_GRAD = self.path, self.rank_grad
+            forced, config.PATH = config.PATH, self.path
             try:
                 with torch.set_grad_enabled(self.mode != "fwd"):
                     y = forward(leaves["dx"], o.inputs.weight, leaves["dA"], leaves["dB"])
@@ -285,7 +281,7 @@ class Layer(Candidate):
                     grads = torch.autograd.grad(y, tuple(leaves.values()), o.inputs.dy)
                 return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
             finally:
-                config.PATH, config.RANK_GRAD = forced
+                config.PATH = forced
 
         return call
 
@@ -317,10 +313,10 @@ def _matmul(
         matmul(x, w, y, tiles, b=b, S=S)
         return
     run: Callable[..., None] = descriptor_matmul
-    if op == "matmul_gluon":
-        from fused_lora.kernels.matmul_gluon import gluon_matmul
+    if op in ("matmul_hopper", "matmul_beside"):
+        from fused_lora.kernels.matmul_hopper import hopper_matmul
 
-        run = gluon_matmul
+        run = hopper_matmul
     run(x, w, y, tiles, triton_backend._device(x.device).sm_count, b=b, S=S, pdl=pdl)
 
 
@@ -364,21 +360,14 @@ def _run(
         return y
     if S is None:
         S = s.x.new_empty((M, padded_rank(r)))
-    if plan.path == "producer":
-        flags = zeros(-(-M // plan.matmul.BLOCK_M))
-        programs = triton_backend._device(s.x.device).sm_count
-        producer_matmul(
-            s.x, s.w, s.a, s.b, y, S, flags, plan.matmul, programs, scale=scaling
-        )  # fmt: skip
-        return y
     assert plan.shrink is not None
-    pdl = plan.path in ("pdl", "gluon")
+    pdl = plan.path in ("pdl", "hopper")
     shrink(
         *(s.x, s.a, S, plan.shrink, plan.shrink_programs),
         scale=scaling,
         counters=counters,
         trigger=pdl,
     )
-    op = {"gluon": "matmul_gluon", "portable": "matmul"}.get(plan.path, "matmul_descriptor")
+    op = {"hopper": "matmul_hopper", "pdl": "matmul_descriptor"}.get(plan.path, "matmul")
     _matmul(op, s.x, s.w, y, plan.matmul, b=s.b, S=S, pdl=pdl)
     return y

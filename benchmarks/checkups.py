@@ -150,7 +150,7 @@ def _logged(
 
 
 def _host() -> dict[str, Part]:
-    return {f"host time, {path}": _host_time(path) for path in ("pdl", "serial", "decode", "aten")}
+    return {f"host time, {path}": _host_time(path) for path in ("hopper", "pdl", "decode", "aten")}
 
 
 def _host_time(path: str) -> Part:

@@ -146,7 +146,7 @@ def measure() -> dict:
     }
     rows = [
         measure_path(path, tokens)
-        for path, tokens in (("pdl", 256), ("serial", 256), ("decode", 16), ("portable", 256))
+        for path, tokens in (("hopper", 256), ("pdl", 256), ("decode", 16), ("portable", 256))
     ]
     return {"meta": meta, "rows": rows}
 

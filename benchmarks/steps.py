@@ -25,35 +25,26 @@ PLAIN = "plain"  # our product without adapter, the yardstick of the model
 MODEL = {
     SQUARE: {
         "pdl": {16: 1.020, 64: 1.020, 128: 1.035},
-        "serial": {16: 1.078, 64: 1.078, 128: 1.093},
-        "producer": {16: 1.056, 64: 1.078},
         "single": {16: 1.115, 64: 1.26},
     },
     UP: {
         "pdl": {16: 1.017, 64: 1.017},
-        "serial": {16: 1.033, 64: 1.033},
-        "producer": {16: 1.040, 64: 1.055},
         "single": {16: 1.115, 64: 1.26},
     },
     DOWN: {
         "pdl": {16: 1.006, 64: 1.006},
-        "serial": {16: 1.061, 64: 1.061},
-        "producer": {16: 1.030, 64: 1.045},
         "single": {16: 1.115, 64: 1.26},
     },
     NARROW: {
         "pdl": {16: 1.25, 64: 1.25},
-        "serial": {16: 1.27, 64: 1.27},
-        "producer": {16: 1.12, 64: 1.18},
         "single": {16: 1.115, 64: 1.26},
     },
 }
 PLAIN_GAP = 1.025  # our plain product over the library's, from published kernels
 GLUON_GAP = 1.0
 DECODE = {4096: 1.03, 14336: 1.013}  # by N, K = 4096, r = 16
-# of dX, at SQUARE: after it, behind it (PDL), and on the same SMs as well
+# of dX, at SQUARE: after it, and behind it (PDL) on the same SMs
 RANK_GRAD_SHARE = 0.131
-BEHIND_SHARE = {16: 0.079, 64: 0.093}
 RESIDENT_SHARE = {16: 0.041, 64: 0.051}
 
 
@@ -66,7 +57,9 @@ def _tiles(op: str) -> list:
     return config.defaults()["sm_90"]["16"][op]
 
 
-def plan_of(path: str, device: config.Device, case: Case, direction: str = "fwd") -> config.Product:
+def plan_of(
+    path: str, device: config.Device, case: Case, direction: str = "fwd", followed: bool = False
+) -> config.Product:
     """The library's own plan for a path, as if FUSED_LORA_PATH named it."""
     N, K = (case.N, case.K) if direction == "fwd" else (case.K, case.N)
     forced, config.PATH = config.PATH, path
@@ -80,8 +73,8 @@ def plan_of(path: str, device: config.Device, case: Case, direction: str = "fwd"
             case.r,
             dropout=False,
             masked_output=False,
+            followed=followed,
             describable=True,
-            adapter_describable=True,
         )
     finally:
         config.PATH = forced
@@ -92,7 +85,7 @@ def plan_of(path: str, device: config.Device, case: Case, direction: str = "fwd"
 def _forms() -> dict[str, tuple[str, config.Matmul]]:
     """Our forms of the plain product: {name: (op, tiles)}."""
     wide = config.Matmul(128, 256, 64, 8, 8, 3)
-    gluon = _tiles("matmul_gluon")
+    alone, beside = _tiles("matmul_hopper"), _tiles("matmul_beside")
     return {
         "descriptor 128x256": ("matmul_descriptor", wide),
         "descriptor 128x256, y in halves": ("matmul_descriptor", replace(wide, STORE_PARTS=2)),
@@ -101,9 +94,9 @@ def _forms() -> dict[str, tuple[str, config.Matmul]]:
             replace(wide, num_stages=4, STORE_PARTS=2),
         ),
         "descriptor 128x128": ("matmul_descriptor", _tiles("matmul_descriptor")[1]),
-        "gluon specialised 128x256": ("matmul_gluon", gluon[0]),
-        "gluon pipelined 128x256": ("matmul_gluon", gluon[1]),
-        "gluon specialised 128x128": ("matmul_gluon", gluon[2]),
+        "hopper 128x256": ("matmul_hopper", alone[0]),
+        "hopper 128x256, room beside it": ("matmul_hopper", beside[0]),
+        "hopper 128x128": ("matmul_hopper", alone[1]),
         "pointers 128x128": ("matmul", _tiles("matmul")[0]),
     }
 
@@ -123,7 +116,7 @@ def plain(device: config.Device) -> list[Group]:
                     Product(name, (direction,), op, tiles, adapter=False)
                     for name, (op, tiles) in _forms().items()
                 ],
-                {"descriptor 128x256": PLAIN_GAP, "gluon specialised 128x256": GLUON_GAP},
+                {"descriptor 128x256": PLAIN_GAP, "hopper 128x256": GLUON_GAP},
                 goal=1.03,
             )
         )
@@ -140,10 +133,10 @@ def paths(device: config.Device) -> list[Group]:
     for shape, r, direction in cases:
         case, directions = _case(direction, shape, r), (direction,)
         model = MODEL[shape]
-        names = [name for name in ("pdl", "serial", "producer", "single") if r in model[name]]
+        names = [name for name in ("pdl", "single") if r in model[name]]
         plans = {name: plan_of(name, device, case, direction) for name in names}
-        plans["gluon"] = plan_of("gluon", device, case, direction)
-        plans["gluon pipelined"] = replace(plans["gluon"], matmul=_tiles("matmul_gluon")[1])
+        for name, followed in (("hopper", False), ("hopper, room beside it", True)):
+            plans[name] = plan_of("hopper", device, case, direction, followed)
         halves = replace(plans["pdl"].matmul, STORE_PARTS=2)
         plans["pdl, y in halves"] = replace(plans["pdl"], matmul=halves)
         tiles = plans["pdl"].matmul
@@ -201,11 +194,7 @@ def shrink(device: config.Device) -> list[Group]:
         candidates: list[Candidate] = [
             Product(PLAIN, FWD, "matmul_descriptor", pdl.matmul, adapter=False)
         ]
-        for label, path in (("pdl", "pdl"), ("one after the other", "serial")):
-            candidates += [
-                Path(f"{label} {n} SMs", FWD, replace(pdl, path=path, shrink_programs=n))
-                for n in (counts if path == "pdl" else (free, counts[-1]))
-            ]
+        candidates += [Path(f"pdl {n} SMs", FWD, replace(pdl, shrink_programs=n)) for n in counts]
         every = replace(pdl, shrink=smaller, shrink_programs=device.sm_count)
         candidates.append(Path("pdl all SMs, 64 rows", FWD, every))
         groups.append(
@@ -214,7 +203,7 @@ def shrink(device: config.Device) -> list[Group]:
                 case,
                 FWD,
                 candidates,
-                window | {f"one after the other {counts[-1]} SMs": 1.078},
+                window,
                 yardstick=PLAIN,
             )
         )
@@ -241,35 +230,29 @@ def backward(device: config.Device) -> list[Group]:
         groups.append(Group(f"rank_grad {case}", case, DX, ranks, first, bytes=2 * M * (K + N)))
     for shape, r in ((SQUARE, 16), (SQUARE, 64), (UP, 16), (DOWN, 16)):
         case = _case("dx", shape, r)
-        plan = plan_of("pdl", device, case, "dx")
+        plan = plan_of("hopper", device, case, "dx", followed=True)
         assert plan.matmul is not None
-        halves = replace(plan, matmul=replace(plan.matmul, STORE_PARTS=2))
-        wide = forms["64x128, 2 stages"]
         candidates: list[Candidate] = [
-            Product(PLAIN, DX, "matmul_descriptor", plan.matmul, adapter=False),
+            Product(PLAIN, DX, "matmul_hopper", plan.matmul, adapter=False),
             Backward("after", plan, default, behind=False),
             Backward("behind", plan, default, behind=True),
-            Backward("after, dx in halves", halves, default, behind=False),
-            Backward("behind, dx in halves", halves, default, behind=True),
-            Backward("behind, dx in halves, 64x128", halves, wide, behind=True),
+            Backward("behind, 3 stages", plan, replace(default, num_stages=3), behind=True),
         ]
         first = {}
         if shape == SQUARE:
             pdl = MODEL[SQUARE]["pdl"][r]
-            first = {"after": pdl + RANK_GRAD_SHARE, "behind": pdl + BEHIND_SHARE[r]}
-            first["behind, dx in halves, 64x128"] = pdl + RESIDENT_SHARE[r]
+            first = {"after": pdl + RANK_GRAD_SHARE, "behind": pdl + RESIDENT_SHARE[r]}
         first = {name: round(ratio, 3) for name, ratio in first.items()}
         groups.append(Group(f"backward {case}", case, DX, candidates, first, yardstick=PLAIN))
     step = (2 * MODEL[SQUARE]["pdl"][16] * PLAIN_GAP + RANK_GRAD_SHARE) / 2
     for shape, r in ((SQUARE, 16), (UP, 16), (DOWN, 16), (SQUARE, 64)):
         case = _case("fwd+bwd", shape, r)
         layers = [
-            *(Layer(path, "triton", "fwd+bwd", path) for path in ("pdl", "gluon", "serial")),
+            *(Layer(path, "triton", "fwd+bwd", path) for path in ("hopper", "pdl")),
             *(Layer(name, name, "fwd+bwd") for name in ("aten", "addmm", "eager3")),
-            Layer("rank_grad behind", "triton", "fwd+bwd", "pdl", rank_grad="behind"),
             Layer("dropout", "triton", "fwd+bwd", dropout=True),
         ]
-        first = {"pdl": round(step, 3)} if (shape, r) == (SQUARE, 16) else {}
+        first = {"hopper": round(step, 3)} if (shape, r) == (SQUARE, 16) else {}
         goal = 1.07 if r == 16 else None
         groups.append(Group(f"step {case}", case, ("fwd", "dx"), layers, first, goal=goal))
     return groups

@@ -65,14 +65,9 @@ GRIDS: dict[str, tuple[Any, ...]] = {
         replace(*_matmuls((128, 256, 64, 8, 3, 1)), GROUP_M=16),
         replace(*_matmuls((128, 256, 64, 8, 3, 1)), GROUP_M=4),
     ),
-    "matmul_gluon": _matmuls(
-        (128, 256, 64, 4, 4, 2), (128, 256, 64, 4, 3, 1), (128, 256, 64, 8, 4, 2),
-        (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 4, 1), (128, 128, 64, 4, 5, 1),
-        (128, 128, 64, 8, 5, 1),
-    ),
-    "matmul_producer": _matmuls(
-        (128, 256, 64, 8, 2, 1), (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 3, 1),
-        (128, 128, 64, 8, 4, 1),
+    "matmul_hopper": _matmuls(
+        (128, 256, 64, 8, 4, 2), (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 2),
+        (128, 128, 64, 8, 5, 2),
     ),
     "matmul_single": _matmuls(
         (128, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1), (64, 128, 64, 4, 3, 1),
@@ -126,9 +121,8 @@ def items(
     most_tokens, most_ranks = config.MAX_DECODE[BITS]
     for r, M in itertools.product(ranks, tokens):
         few = most_tokens >= M and most_ranks >= r
-        ops = ["decode", "path"] if few else ["shrink", "matmul_descriptor", "matmul_gluon"]
+        ops = ["decode", "path"] if few else ["shrink", "matmul_descriptor", "matmul_hopper"]
         if not few:
-            ops += ["matmul_producer"] * (r <= config.MAX_SINGLE_RANK)
             ops += ["matmul_single"] * (r <= config.MIN_RANK_BLOCK) + ["matmul", "path"]
         for K, N in layers:
             sides: list[tuple[str, ...]] = [BOTH] if K == N and not few else [("fwd",)]
@@ -151,9 +145,8 @@ def candidate(item: Item, tiles: Any, device: config.Device) -> Candidate:
         return RankGrad(name, tiles)
     if item.op == "decode":
         return Run(name, item.directions, config.Product("decode", "", decode=tiles))
-    if item.op in ("matmul_producer", "matmul_single"):
-        path = item.op.removeprefix("matmul_")
-        return Run(name, item.directions, config.Product(path, "", matmul=tiles))
+    if item.op == "matmul_single":
+        return Run(name, item.directions, config.Product("single", "", matmul=tiles))
     return Product(name, item.directions, item.op, tiles, adapter=True)
 
 
@@ -175,7 +168,7 @@ def contenders(
                 plans[path] = steps.plan_of(path, device, item.case, item.directions[0])
             except AssertionError:  # it cannot run at these sizes
                 continue
-        default = "decode" if "decode" in plans else "pdl"
+        default = next(p for p in ("decode", "hopper", "pdl") if p in plans)
         return default, {p: (Run(p, item.directions, plan), p) for p, plan in plans.items()}
     # an unnamed GPU has no table: its choice is the default
     default = config.select(item.op, replace(device, name=""), BITS, *_sizes(item))
@@ -317,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--skip",
         type=lambda text: text.split(","),
         default=[],
-        help="kernels that crash or hang, e.g. matmul_gluon,matmul_producer",
+        help="kernels that crash or hang, e.g. matmul_hopper,decode",
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--dry-run", action="store_true", help="only list what would be tuned")

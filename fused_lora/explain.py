@@ -116,6 +116,7 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
             r,
             drawn=drawn and not masked,
             masked=masked,
+            followed=direction == "dX",
             addressable=addressable,
         )
         lines.append(f"  {direction}: {_describe(plan)}")

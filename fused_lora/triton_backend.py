@@ -172,7 +172,7 @@ def _backward(
     dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     plan = None
     if dx is not None and weight is not None:
-        plan = _plan(dy, weight, a, dx, masked=mask)
+        plan = _plan(dy, weight, a, dx, masked=mask, followed=needs_A or needs_B)
     shrinks = plan.launches == 2 if plan is not None else dS is not None
 
     partial = counters = None
@@ -326,10 +326,12 @@ def plan_product(
     *,
     drawn: bool,
     masked: bool,
+    followed: bool,
     addressable: bool,
 ) -> config.Product:
     """How Y [M, N] = X [M, K] W + S B runs. drawn: X is dropped before the adapter; masked: the
-    adapter term is masked; addressable: X, W and Y by tensor descriptors."""
+    adapter term is masked; followed: rank_grad runs next; addressable: X, W and Y by tensor
+    descriptors."""
     return config.choose_product(
         _device(device),
         8 * dtype.itemsize,
@@ -339,6 +341,7 @@ def plan_product(
         r,
         dropout=drawn,
         masked_output=masked,
+        followed=followed,
         describable=addressable,
     )
 
@@ -351,6 +354,7 @@ def _plan(
     *,
     draw: Mask | None = None,
     masked: Mask | None = None,
+    followed: bool = False,
 ) -> config.Product:
     """How `_adapted_product` runs on these operands."""
     transposed = w.stride(1) != 1
@@ -370,6 +374,7 @@ def _plan(
         a.shape[0],
         drawn=draw is not None,
         masked=masked is not None,
+        followed=followed,
         addressable=addressable,
     )
 

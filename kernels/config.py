@@ -33,9 +33,7 @@ MIN_RANK_BLOCK = 16  # the narrowest operand a tensor core instruction takes
 MAX_HOPPER_RANK = 512  # above, `pdl` steps only through the ranks that the tokens of a tile want
 MAX_MASKED_RANK = 64  # of the Hopper matmul
 MAX_BESIDE_RANK = 32  # beyond, a shrink that fits beside the Hopper matmul is too slow
-FEW_TOKENS = (
-    16  # up to here decode streams W best; up to MAX_DECODE narrow tiles do, if they are many
-)
+FEW_TOKENS = 16  # up to here decode streams W best; beyond, narrow tiles do, if they are many
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,7 @@ KINDS = {
     "matmul_single": Matmul,
     "matmul_few": Matmul,
     "matmul_hopper": Matmul,
+    "matmul_beside": Matmul,
     "rank_grad": RankGrad,
     "decode": Decode,
 }
@@ -276,13 +275,14 @@ def choose_product(
     *,
     dropout: bool,
     masked_output: bool,
+    followed: bool,
     describable: bool,
 ) -> Product:
     """How Y [M, N] = X [M, K] W + S B runs.
 
     bits: 16 or 32, of the dtype. dropout: a mask is drawn on X before the adapter (forward).
-    masked_output: the adapter term is masked (dX of dropout). describable: x, w and y can be
-    addressed by tensor descriptors.
+    masked_output: the adapter term is masked (dX of dropout). followed: rank_grad runs next (dX).
+    describable: x, w and y can be addressed by tensor descriptors.
     """
     return _choose_product(
         PATH,
@@ -294,6 +294,7 @@ def choose_product(
         r,
         dropout,
         masked_output,
+        followed,
         describable,
     )
 
@@ -309,6 +310,7 @@ def _choose_product(
     r: int,
     dropout: bool,
     masked_output: bool,
+    followed: bool,
     describable: bool,
 ) -> Product:
     hopper = device.capability == 90 and device.backend == "cuda"
@@ -329,20 +331,49 @@ def _choose_product(
         few = FEW_TOKENS < M <= MAX_DECODE[bits][0] and _defaults("matmul_few", device, bits)
         op = "matmul_few" if few else "matmul_single"
         return Product(path, reason, matmul=select(op, device, bits, M, N, K, r))
-    ops = {"portable": "matmul", "pdl": "matmul_descriptor", "hopper": "matmul_hopper"}
-    matmul = select(ops[path], device, bits, M, N, K, r)
+    if path == "hopper":
+        return _hopper(reason, device, bits, M, N, K, r, dropout, masked_output, followed)
+    op = {"portable": "matmul", "pdl": "matmul_descriptor"}[path]
+    matmul = select(op, device, bits, M, N, K, r)
     shrink = select("shrink", device, bits, M, N, K, r)
-    programs = min(device.sm_count, _cdiv(M, shrink.BLOCK_M))
-    if path != "portable":
-        idle = idle_window(device, matmul, shrink, M, N, K, r)
-        programs = idle or programs
-        if path == "hopper" and dropout:
-            shrink = select("shrink_dropout", device, bits, M, N, K, r)
-            programs = min(2 * device.sm_count, _cdiv(M, shrink.BLOCK_M))
-        elif path == "hopper" and not idle and r <= MAX_BESIDE_RANK:
-            shrink = select("shrink_beside", device, bits, M, N, K, r)
-            programs = min(device.sm_count, _cdiv(M, shrink.BLOCK_M))
+    window = idle_window(device, matmul, shrink, M, N, K, r) if path == "pdl" else 0
+    programs = window or min(device.sm_count, _cdiv(M, shrink.BLOCK_M))
     return Product(path, reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
+
+
+def _hopper(
+    reason: str,
+    device: Device,
+    bits: int,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    dropout: bool,
+    masked_output: bool,
+    followed: bool,
+) -> Product:
+    """The path hopper: whether its matmul has the SMs for itself, or leaves room for a shrink that
+    is small enough, and for rank_grad, to run beside it. Measured on an H100 (results/LOG.md)."""
+    sizes = (device, bits, M, N, K, r)
+    alone = select("matmul_hopper", *sizes)
+    window = idle_window(device, alone, select("shrink", *sizes), M, N, K, r)
+    small = r <= MAX_BESIDE_RANK and not masked_output  # masking takes the registers
+    if dropout:
+        op, most = "shrink_dropout", 2 * device.sm_count
+    elif small and (followed or not window):
+        op, most = "shrink_beside", device.sm_count
+    else:
+        op, most = "shrink", window or device.sm_count
+    shrink = select(op, *sizes)
+    beside = followed or op != "shrink"
+    return Product(
+        "hopper",
+        reason,
+        matmul=select("matmul_beside", *sizes) if beside else alone,
+        shrink=shrink,
+        shrink_programs=min(most, _cdiv(M, shrink.BLOCK_M)),
+    )
 
 
 def _path(
@@ -398,10 +429,11 @@ def rank_grad_behind(plan: Product | None) -> bool:
 
 
 def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad) -> int:
-    """How many programs share the M rows of one column tile: enough to fill the device twice, at
-    least two row blocks each."""
+    """How many programs share the M rows of one column tile: enough to fill the device twice, and,
+    so that beside a dX the work spreads evenly over its SMs, one for about 2048 rows up to eight;
+    at least two row blocks each."""
     blocks = _cdiv(M, config.BLOCK_M)
-    wanted = _cdiv(2 * device.sm_count, max(1, column_tiles))
+    wanted = max(_cdiv(2 * device.sm_count, max(1, column_tiles)), min(8, _cdiv(M, 2048)))
     return max(1, min(wanted, _cdiv(blocks, 2)))
 
 

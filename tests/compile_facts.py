@@ -38,6 +38,7 @@ from fused_lora.kernels.launch import options_of
 from fused_lora.scale import Adapters
 
 M, K, N = 8192, 4096, 4096
+HOPPERS = ("matmul_hopper", "matmul_beside")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTER = {
     torch.float32: "*fp32",
@@ -197,8 +198,9 @@ def launches(target: str, bits: int):
             yield f"{name} r=1024 forward pdl={pdl}, many adapters"
             run(dy, weight, x, tiles, 132, b=A, S=S, **many)
             yield f"{name} r=1024 dX pdl={pdl}, many adapters"
-    for index, tiles in enumerate(table.get("matmul_hopper", [])):
-        name, run = f"matmul_hopper[{index}]", matmul_hopper.hopper_matmul
+    hoppers = [(op, i, t) for op in HOPPERS for i, t in enumerate(table.get(op, []))]
+    for op, index, tiles in hoppers:
+        name, run = f"{op}[{index}]", matmul_hopper.hopper_matmul
         for r in (16, 128):
             A, B, S = factors(r)
             run(x, weight.t(), dy, tiles, 132, b=B.t(), S=S, bias=bias, pdl=True)

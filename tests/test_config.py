@@ -17,6 +17,7 @@ def choose(device, M, N, K, r, bits=16, **changes):
     options = {
         "dropout": False,
         "masked_output": False,
+        "followed": False,
         "describable": True,
         **changes,
     }

@@ -198,6 +198,7 @@ def product_alone(case, path):
         *(M, N, K, case.lora_A.shape[0]),
         drawn=False,
         masked=False,
+        followed=False,
         addressable=True,
     )
     assert plan.path == path

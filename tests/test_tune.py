@@ -63,7 +63,7 @@ def run(tune, todo, deadline=LATER, faults=None):
 def product(path_or_sizes=(4096, 4096), M=8192, r=16):
     N, K = path_or_sizes
     options = {"dropout": False, "masked_output": False, "describable": True}
-    return config.choose_product(H100, 16, M, N, K, r, **options, adapter_describable=True)
+    return config.choose_product(H100, 16, M, N, K, r, **options, followed=False)
 
 
 ROWS = [("default", 100.0), ("slower", 120.0), ("faster", 99.5)]
@@ -165,8 +165,8 @@ def test_candidates_with_faults_are_not_measured_but_the_default_always_is(tune)
 
 def test_a_kernel_that_is_skipped_is_no_path(tune):
     item = next(i for i in tune.items(((4096, 4096),), (8192,), (16,)) if i.op == "path")
-    assert "gluon" in tune.contenders(item, H100, {})[1]
-    assert "gluon" not in tune.contenders(item, H100, {("path", "gluon"): "--skip"})[1]
+    assert "hopper" in tune.contenders(item, H100, {})[1]
+    assert "hopper" not in tune.contenders(item, H100, {("path", "hopper"): "--skip"})[1]
 
 
 @pytest.mark.skipif(
