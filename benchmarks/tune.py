@@ -54,7 +54,7 @@ def _matmuls(*tiles: tuple[int, ...]) -> tuple[config.Matmul, ...]:
 GRIDS: dict[str, tuple[Any, ...]] = {
     "shrink": tuple(
         config.Shrink(m, k, warps, stages)
-        for m, k, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (3, 4))
+        for m, k, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5))
     ),
     "matmul_descriptor": (
         *_matmuls(

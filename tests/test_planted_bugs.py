@@ -136,7 +136,7 @@ DROPPED = tuple(
             "mask stored wrong",
             shrink,
             "                            packed,",
-            "                            ~packed,",
+            "                            packed ^ 255,",
         ),
         ("dX without the mask", matmul, "keep != 0", "keep < 2"),
         ("dX without 1 / (1 - p)", matmul, "acc * keep_scale", "acc"),

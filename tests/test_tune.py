@@ -89,18 +89,18 @@ def test_what_is_wrong_or_was_not_timed_is_never_chosen(modules):
 
 def test_the_library_takes_what_the_tuner_wrote(tune):
     todo = list(tune.items(((4096, 4096),), (8192,), (16,)))
-    halves = config.Matmul(128, 256, 64, 8, 8, 4, 2)
-    assert halves in tune.GRIDS["matmul_descriptor"]
-    tune.times |= {"128 256 64 8 8 4 2 64": 90.0, "serial": 80.0, "aten": 70.0}
+    whole = config.Matmul(128, 256, 64, 8, 8, 3, 1)  # y in one part
+    assert whole in tune.GRIDS["matmul_hopper"]
+    tune.times |= {"128 256 64 8 8 3 1 64": 90.0, "pdl": 80.0, "aten": 70.0}
     before = product()
     left, table = run(tune, todo)
     assert left == 0 and len(table.document["entries"]) == len(todo)
     after = product()
-    assert before.path == "pdl" and before.matmul != halves
-    assert after.path == "serial" and after.matmul == halves
+    assert before.path == "hopper" and before.matmul != whole
+    assert after.path == "pdl" and after.matmul == whole  # of the descriptor matmul's grid, too
     assert after.shrink == before.shrink  # a tie: the default
     assert config.choose_backend(H100, 16, 8192, 4096, 4096, 16) == "aten"
-    assert product(r=64).path == "pdl"
+    assert product(r=64).path == "hopper"
 
 
 def test_dx_of_a_layer_is_filed_under_the_sizes_of_its_product(tune):
@@ -108,7 +108,7 @@ def test_dx_of_a_layer_is_filed_under_the_sizes_of_its_product(tune):
     tune.times["single"] = 50.0
     run(tune, [item for item in todo if item.op == "path" and item.directions == ("dx",)])
     assert product((4096, 1024)).path == "single"
-    assert product((1024, 4096)).path == "pdl"
+    assert product((1024, 4096)).path == "hopper"
 
 
 def test_each_entry_is_found_once_and_every_product_of_the_layers_has_one(modules):
