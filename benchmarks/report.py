@@ -108,33 +108,38 @@ def text(meta: dict[str, Any], rows: list[Row]) -> str:
 
 
 def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
-    """The README's table: the cases measured with every provider, and every case fused loses."""
-    groups = results.by_case(rows)
-    most = max((len(group) for group in groups.values()), default=0)
-    lines = [
-        "| mode | M x K -> N | r | merged, us | fused over merged | fastest baseline over merged"
-        " | fused over fastest baseline |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The README's table, a line for each mode and shape, and every case fused loses."""
+    groups = {
+        case: group
+        for case, group in results.by_case(rows).items()
+        if all(name in group and group[name].p50_us is not None for name in (FUSED, MERGED))
+    }
+    ranks = sorted({case.r for case in groups})
+    shapes: dict[tuple, dict[int, dict[str, Row]]] = {}
     for case, group in groups.items():
-        fused, merged, best = group.get(FUSED), group.get(MERGED), results.fastest_baseline(group)
-        if len(group) < most or fused is None or merged is None or best is None:
-            continue
-        if fused.p50_us is None or merged.p50_us is None:
-            continue
-        noise = merged.noise
-        lines.append(
-            f"| {case.mode} | {case.M} x {case.K} -> {case.N} | {case.r} | {merged.p50_us:.1f}"
-            f" | {overhead(fused.vs_merged, noise)}"
-            f" | {overhead(best.vs_merged, noise)} ({best.provider})"
-            f" | {overhead(fused.p50_us / best.p50_us, noise)} |"
-        )
+        shapes.setdefault((case.mode, case.M, case.K, case.N), {})[case.r] = group
+    titles = [f"fused, r = {r}" for r in ranks]
+    lines = [
+        f"| mode | M x K -> N | merged, us | {' | '.join(titles)} | fastest baseline |",
+        "|" + "---|" * (4 + len(ranks)),
+    ]
+    for (mode, M, K, N), by_rank in shapes.items():
+        merged = [f"{group[MERGED].p50_us:.1f}" for group in by_rank.values()]
+        cells = [
+            overhead(by_rank[r][FUSED].vs_merged, by_rank[r][MERGED].noise) if r in by_rank else ""
+            for r in ranks
+        ]
+        best = [results.fastest_baseline(group) for group in by_rank.values()]
+        baseline = min((b for b in best if b is not None), key=lambda b: b.vs_merged, default=None)
+        if baseline is not None:
+            cells.append(f"{overhead(baseline.vs_merged, baseline.noise)} ({baseline.provider})")
+        lines.append(f"| {mode} | {M} x {K} -> {N} | {merged[0]} | {' | '.join(cells)} |")
     dtypes = ", ".join(sorted({row.dtype for row in rows}))
     where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads. {CPU_NOTICE}"
     lines += [
         "",
-        f"{dtypes}, p50; `~`: inside the A/A noise of its case. Measured on {where}"
-        f" torch {meta['torch']}, {meta['date']}: `{meta['command']}`.",
+        f"Over merged; {dtypes}, p50; `~`: inside the A/A noise of its case. Measured on {where},"
+        f" torch {meta['torch']}, triton {meta['triton']}, {meta['date']}.",
         "",
         loss_list(rows).replace("\n  ", "\n* "),
     ]

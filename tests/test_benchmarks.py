@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -204,9 +205,16 @@ def test_the_report_regenerates_the_printed_table_from_the_file(bench, run):
     meta, rows = bench.results.load(run.path)
     for part in bench.report.text(meta, rows).split("\n\n"):
         assert part in run.stdout
-    assert "| fwd+bwd | 7 x 33 -> 20 | 3 |" in bench.report.markdown(meta, rows)
+    assert "| fwd+bwd | 7 x 33 -> 20 |" in bench.report.markdown(meta, rows)
     if importlib.util.find_spec("matplotlib"):
         assert run.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_readme_shows_the_report_of_the_file_it_names(bench):
+    readme = (ROOT / "README.md").read_text()
+    (name,) = set(re.findall(r"benchmarks/results/(latency-nvidia-\S+?\.json)", readme))
+    report = bench.report.markdown(*bench.results.load(FOLDER / "results" / name))
+    assert report in readme
 
 
 def test_losses_are_exactly_the_rows_slower_than_the_fastest_baseline_beyond_noise(bench):
@@ -220,7 +228,7 @@ def test_losses_are_exactly_the_rows_slower_than_the_fastest_baseline_beyond_noi
     text = bench.report.loss_list(rows)
     assert "on 1 of 4 cases" in text and "3x64x64" in text and "+4.5 %" in text
     assert text.splitlines()[1].strip() in bench.report.markdown(
-        {"gpu": "X", "torch": "2", "date": "d", "command": "c"}, rows
+        {"gpu": "X", "torch": "2", "triton": "3", "date": "d"}, rows
     )
     tables = bench.results.by_case(rows)
     within = next(group for case, group in tables.items() if case.M == 2)
