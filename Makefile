@@ -27,7 +27,7 @@ test: lint $(READY) $(OLD)/ready $(OLD_PEFT)/ready
 	PYTHONPATH=$(OLD_PEFT) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "peft and not slow"
 
 test-gpu:
-	$(PYTHON) -m pytest -m "(gpu or kernels) and not slow"
+	$(PYTHON) -m pytest -m "(gpu or kernels or peft) and not slow"
 
 test-gpu-slow:
 	$(PYTHON) -m pytest -m "(gpu or kernels) and slow"

@@ -133,6 +133,7 @@ def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, de
     assert set(taken) == {path}
 
 
+@kernels
 @pytest.mark.parametrize("dropout_p", (0.0, 0.4))
 @pytest.mark.parametrize("needs", SUBSETS[1:], ids="-".join)
 def test_gradcheck_on_aten_in_fp64(needs, dropout_p, device):

@@ -33,6 +33,11 @@ from fused_lora.kernels import config, decode, matmul, matmul_descriptor, shrink
 from fused_lora.kernels import rank_grad as grad
 from fused_lora.testing import make_case, violations_of
 
+if "hopper" in PATHS:
+    from fused_lora.kernels import matmul_hopper
+else:  # its language does not run here; the bugs below are skipped
+    matmul_hopper = None
+
 TRITON = partial(lora_linear, backend="triton")
 LAUNCHERS = {
     shrink: "shrink",
@@ -197,7 +202,18 @@ OTHER_PATHS = (
     Bug("B packed short", shrink, "(offs_m < rows)", "(offs_m < rows - 1)", "pdl", RAGGED[::2]),
     Bug("first tile without adapter", matmul_descriptor, "main_steps, 0)", "steps, 0)", "pdl"),
 )
-BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS
+HOPPER = tuple(
+    Bug(name, matmul_hopper, old, new, "hopper", options=options)
+    for name, old, new, options in (
+        ("last K step dropped", "= gl.cdiv(K, BLOCK_K)", "= K // BLOCK_K", {}),
+        ("adapter missing", "k = (step - main_steps) *", "k = (step - main_steps + 1) *", {}),
+        ("bias twice", "acc += bias.to(gl.float32)", "acc += 2 * bias.to(gl.float32)", {}),
+        ("halves of y in one place", "column + PART, high)", "column, high)", {}),
+        ("dX without the mask", "keep != 0", "keep < 2", {"dropout_p": 0.5}),
+        ("dX without 1 / (1 - p)", "term * keep_scale", "term", {"dropout_p": 0.5}),
+    )
+)
+BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS + HOPPER
 
 
 def plant(monkeypatch, folder, module, old, new):
@@ -212,6 +228,8 @@ def plant(monkeypatch, folder, module, old, new):
     spec.loader.exec_module(edited)
     if module is triton_backend:
         monkeypatch.setattr(ops, "triton_backend", edited)
+    elif module is matmul_hopper:  # imported where it is used
+        monkeypatch.setattr(module, "hopper_matmul", edited.hopper_matmul)
     else:
         launcher = LAUNCHERS[module]
         monkeypatch.setattr(triton_backend, launcher, getattr(edited, launcher))
@@ -252,7 +270,7 @@ def test_the_rule_accepts_the_kernels_as_they_are(path, dtype, monkeypatch, tmp_
     if not runs(path, dtype):
         pytest.skip("the descriptor paths take 16-bit dtypes, on Hopper")
     force_path(monkeypatch, path)
-    for module in LAUNCHERS:
+    for module in filter(None, (*LAUNCHERS, matmul_hopper)):
         plant(monkeypatch, tmp_path, module, "", "")  # copies without an edit
     for shape in RAGGED + (SPLIT if path == "portable" else ()):
         assert violations(path, dtype, shape, device) == [], shape

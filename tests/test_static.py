@@ -138,6 +138,41 @@ def test_descriptor_matmul_rides_one_pipeline_of_full_width(facts):
         assert found["waits"] == expected, case
 
 
+@every_version
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_the_hopper_matmul_is_of_full_width_and_has_neighbours(facts):
+    """Full-width wgmma and operands by TMA alone. Beside the form that leaves room, a shrink of
+    low rank is resident on the same SM, and so is rank_grad behind dX."""
+    cases = {case: found for case, found in facts.items() if "matmul_hopper" in case}
+    beside = {case: found for case, found in facts.items() if "matmul_beside" in case}
+    assert cases and beside
+    for case, found in {**cases, **beside}.items():
+        width = found["config"]["BLOCK_N"]
+        widths = {f"64x{width}x16"} | ({f"64x{width // 2}x16"} if "dropout" in case else set())
+        assert set(found["hgmma_widths"]) == widths, case
+        assert found["hmma"] == found["async_copies"] == 0, case
+    small = "r=16"
+    shrinks = [f for case, f in facts.items() if "shrink_beside" in case and small in case]
+    grads = [f for case, f in facts.items() if f"rank_grad[0] {small} behind" in case]
+    assert shrinks and grads
+    for case, found in beside.items():
+        if "dropout" in case or ("forward" in case and small not in case):
+            continue
+        for neighbour in shrinks if "forward" in case else [*shrinks, *grads]:
+            both = (found, neighbour)
+            assert sum(f["shared"] + RESERVED for f in both) <= SHARED_OF_AN_SM, case
+            assert sum(registers(f) for f in both) <= REGISTERS_OF_AN_SM, case
+
+
+RESERVED = 1024  # bytes of shared memory that every program takes beside its own
+SHARED_OF_AN_SM, REGISTERS_OF_AN_SM = 228 * 1024, 65_536
+
+
+def registers(found):
+    """Of all threads of a program; they are given out by eights."""
+    return -(-found["registers"] // 8) * 8 * 32 * found["config"]["num_warps"]
+
+
 def test_a_register_that_nothing_wrote_is_noticed():
     """A test of the tests: what ptxas made of the single mode once, and forms that are right."""
     right = """
