@@ -25,7 +25,7 @@ import torch
 from cases import add_case_options, chosen_cases, reduced_providers
 from checks import Judge, Verdict
 from protocol import Budget, Samples
-from providers import Fused, Inputs, Provider, all_providers, random_inputs
+from providers import Fused, Inputs, Provider, all_providers, everybody, random_inputs
 from results import BASE, MERGED, MERGED_AGAIN, Case, Row
 from roofline import Peaks
 
@@ -202,12 +202,13 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.header(meta), flush=True)
     done = set(results.by_case(rows))
     todo = [case for case in plan.core + plan.rest if case not in done]
+    everyone = args.providers or everybody(device, meta["peak_dtype"])
     progress = progress_bar(
-        sum(len(args.providers or results.PROVIDERS) + 1 for c in todo if c in plan.core)
+        sum(len(everyone) + 1 for case in todo if case in plan.core)
         + sum(6 for case in todo if case not in plan.core)
     )
     for case in todo:
-        names = args.providers or results.PROVIDERS
+        names = everyone
         if case in plan.rest and not args.providers:
             names = reduced_providers(case, rows)
         rows += measure_case(case, selected(names), device, budget, peaks, args.seed, progress)

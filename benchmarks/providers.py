@@ -204,6 +204,14 @@ def all_providers() -> list[Provider]:
     ]
 
 
+def everybody(device: torch.device, dtype: str) -> list[str]:
+    """The names of those who are compared unless some are asked for: without the kernels on a
+    CPU, and without fp32 adapters where that is what `peft` has."""
+    absent = {results.FUSED_TUNED} if device.type == "cpu" else set()
+    absent |= {"peft (fp32 adapters)"} if dtype == "float32" else set()
+    return [name for name in results.PROVIDERS if name not in absent]
+
+
 def random_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
     """Unit-variance x and dY, W and A scaled to keep it, B small but never zero: a missing adapter
     would go unseen."""

@@ -210,6 +210,14 @@ def test_the_report_regenerates_the_printed_table_from_the_file(bench, run):
         assert run.path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_who_cannot_differ_is_compared_only_if_asked_for(bench):
+    everybody = bench.providers.everybody
+    cuda = torch.device("cuda")
+    assert everybody(cuda, "bfloat16") == list(bench.results.PROVIDERS)
+    left_out = set(bench.results.PROVIDERS) - set(everybody(CPU, "float32"))
+    assert left_out == {"fused (tuned)", "peft (fp32 adapters)"}
+
+
 def test_the_readme_shows_the_report_of_the_file_it_names(bench):
     readme = (ROOT / "README.md").read_text()
     (name,) = set(re.findall(r"benchmarks/results/(latency-nvidia-\S+?\.json)", readme))
