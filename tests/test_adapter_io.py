@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -241,3 +242,52 @@ except ImportError as error:
     run = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=True)
     assert "pip install 'fused-lora[adapters]'" in done.stdout
+
+
+KILLED_WHILE_SAVING = """
+import os, random, signal, sys, time
+import torch
+from fused_lora import apply_lora, load_adapter, save_adapter
+from fused_lora.model import lora_layers
+
+folder = sys.argv[1]
+
+def make():
+    torch.manual_seed(0)
+    return apply_lora(torch.nn.Sequential(torch.nn.Linear(64, 64)), r=8, lora_alpha=8)
+
+def fill(model, number):
+    for layer in lora_layers(model).values():
+        layer.lora_A.data.fill_(number)
+        layer.lora_B.data.fill_(-number)
+
+torch.set_num_threads(1)
+model, last, rng = make(), 1, random.Random(0)
+fill(model, last)
+save_adapter(model, folder)
+for _ in range(60):
+    saved, announce = os.pipe()
+    child = os.fork()
+    if child == 0:
+        for number in range(last + 1, last + 10_000):
+            fill(model, number)
+            save_adapter(model, folder)
+            os.write(announce, b".")
+    assert os.read(saved, 1) == b"."  # one save is complete
+    time.sleep(rng.uniform(0.0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(saved), os.close(announce)
+    (layer,) = lora_layers(load_adapter(make(), folder)).values()
+    numbers = {*layer.lora_A.unique().tolist(), *(-layer.lora_B).unique().tolist()}
+    assert len(numbers) == 1, f"factors of different saves: {numbers}"
+    assert min(numbers) > last, (numbers, last)
+    last = int(min(numbers))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="SIGKILL and fork are POSIX")
+def test_killed_at_random_moments_a_save_leaves_the_last_complete_adapter(tmp_path):
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
