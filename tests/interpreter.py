@@ -2,7 +2,9 @@
 
 The interpreter keeps bf16 as raw 16-bit integers: `tl.dot` would multiply bit patterns, and
 fp32 -> bf16 truncates instead of rounding to nearest even. `install` mends both and makes the PDL
-intrinsics no-ops, which is what they mean where programs run one after the other.
+intrinsics no-ops, which is what they mean where programs run one after the other. Products of
+16-bit operands are summed in fp64 and rounded once: in numpy's fp32 products the last bit of an
+element depends on its place in the tile, on a GPU it does not.
 """
 
 import numpy as np
@@ -25,13 +27,16 @@ def install() -> None:
     dot, cast = builder.create_dot, builder.cast_impl
     handle = interpreter.TensorHandle
 
-    def widened(operand):
-        if operand.dtype.scalar == tl.bfloat16:
-            return handle(widen(operand.data), tl.float32)
-        return operand
+    def values(operand):
+        bf16 = operand.dtype.scalar == tl.bfloat16
+        return (widen(operand.data) if bf16 else operand.data).astype(np.float64)
 
     def create_dot(self, a, b, acc, input_precision, max_num_imprecise_acc):
-        return dot(self, widened(a), widened(b), acc, input_precision, max_num_imprecise_acc)
+        if a.dtype.scalar not in (tl.bfloat16, tl.float16):
+            return dot(self, a, b, acc, input_precision, max_num_imprecise_acc)
+        with np.errstate(over="ignore", invalid="ignore"):
+            product = np.matmul(values(a), values(b)).astype(acc.data.dtype)
+        return handle(product + acc.data, acc.dtype.scalar)
 
     def cast_impl(self, source, target):
         kinds = source.dtype.scalar, target.scalar
