@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused_lora import dropout
-from fused_lora.scale import NOBODY, Adapters, Scale, padded_rank
+from fused_lora.scale import Adapters, Scale, padded_rank
 
 
 def forward(
@@ -47,18 +47,19 @@ def add_adapter(
 ) -> list[Tensor]:
     """y += S B^T in place, S = scale * D(x) A^T. Returns what `forward` returns beside y."""
     r = lora_A.shape[0]
-    lora_A, lora_B, adapters = _held(lora_A, lora_B, adapters)
     kept, dropped, keep_scale = [], x, 1.0
     if dropout_p > 0.0:
         assert seed is not None
         mask = dropout.packed_mask(seed, x.shape[0], x.shape[1], dropout_p)
         dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), 1.0 / (1.0 - dropout_p)
         kept = [mask]
-    S = _states(dropped, lora_A.to(x.dtype).t(), scale, keep_scale, adapters)
+    S = _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale)
+    if adapters is not None:
+        _select(S, adapters)
     y.addmm_(S, lora_B.to(x.dtype).t())
     if not for_backward:
         return []
-    padding = padded_rank(r) - S.shape[1]
+    padding = padded_rank(r) - r
     return [F.pad(S, (0, padding)) if padding else S, *kept]
 
 
@@ -102,14 +103,14 @@ def adapter_gradients(
 ) -> list[Tensor | None]:
     """[dX, dA, dB] of the adapter term alone; its dX is added to `dx` in place where one is given.
     None for those that are not needed."""
-    total, K = lora_A.shape
-    lora_A, lora_B, adapters = _held(lora_A, lora_B, adapters)
-    r = lora_A.shape[0]
+    r, K = lora_A.shape
     keep_scale = 1.0 / (1.0 - dropout_p)
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
     dA = dB = None
     if needs_x or needs_A:
-        dS = _states(dy, lora_B.to(dy.dtype), scale, 1.0, adapters)
+        dS = _scaled_product(dy, lora_B.to(dy.dtype), scale, 1.0)
+        if adapters is not None:
+            _select(dS, adapters)
     if needs_x and keep is None and dx is not None:
         dx.addmm_(dS, lora_A.to(dy.dtype))
     elif needs_x:
@@ -120,52 +121,22 @@ def adapter_gradients(
         assert x is not None
         dA = dS.t() @ (x if keep is None else x * keep)
         dA = (dA if keep is None else dA * keep_scale).to(lora_A.dtype)
-        dA = F.pad(dA, (0, 0, 0, total - r)) if total > r else dA
     if needs_B:
         assert S is not None
         S = S[:, :r]
         # a product with a narrow result is faster transposed; the copy back must be worth it
         dB = (S.t() @ dy).t().contiguous() if len(dy) > dy.shape[1] else dy.t() @ S
         dB = dB.to(lora_B.dtype)
-        dB = F.pad(dB, (0, total - r)) if total > r else dB
     return [dx, dA, dB]
 
 
-def _held(
-    lora_A: Tensor, lora_B: Tensor, adapters: Adapters | None
-) -> tuple[Tensor, Tensor, Adapters | None]:
-    """The factors and tables of a pack without the columns behind the last that an adapter has,
-    where looking does not wait for a GPU: a pack of one is then the product of a single adapter."""
-    if adapters is None or adapters.owner.is_cuda:
-        return lora_A, lora_B, adapters
-    held = (adapters.owner != NOBODY).nonzero()
-    r = int(held[-1]) + 1 if len(held) else 0
-    owner, scaling = adapters.owner[:r], adapters.scaling[:r]
-    return lora_A[:r], lora_B[:, :r].contiguous(), adapters._replace(owner=owner, scaling=scaling)
+def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float) -> Tensor:
+    """scale * keep_scale * a b, the host factor folded into the product."""
+    product = torch.addmm(a.new_empty(1), a, b, beta=0, alpha=scale.value * keep_scale)
+    return product if scale.tensor is None else product.mul_(scale.tensor)
 
 
-def _states(
-    a: Tensor, b: Tensor, scale: Scale, keep_scale: float, adapters: Adapters | None
-) -> Tensor:
-    """S or dS = scale * keep_scale * a b, the host factors folded into the product; with `adapters`
-    times the scaling of each column, and zero where the column is not the token's."""
-    common = None if adapters is None else _common_scaling(adapters)
-    alpha = scale.value * keep_scale * (1.0 if common is None else common)
-    S = torch.addmm(a.new_empty(1), a, b, beta=0, alpha=alpha)
-    if scale.tensor is not None:
-        S.mul_(scale.tensor)
-    if adapters is not None:
-        if common is None:
-            S.mul_(adapters.scaling)
-        S.masked_fill_(adapters.ids.unsqueeze(1) != adapters.owner, 0.0)
-    return S
-
-
-def _common_scaling(adapters: Adapters) -> float | None:
-    """The scaling that all columns have, where asking does not wait for a GPU: folded in as that of
-    a single adapter is, so that a pack of one gives the same bits."""
-    if adapters.scaling.is_cuda:
-        return None
-    scalings = adapters.scaling[adapters.owner != NOBODY]
-    alike = len(scalings) > 0 and bool((scalings == scalings[0]).all())
-    return scalings[0].item() if alike else None
+def _select(S: Tensor, adapters: Adapters) -> None:
+    """S [M, r] times the scaling of each column, zero where the column is not the token's."""
+    S.mul_(adapters.scaling)
+    S.masked_fill_(adapters.ids.unsqueeze(1) != adapters.owner, 0.0)
