@@ -325,17 +325,18 @@ def _choose_product(
     if dropout or masked_output:
         can["decode"] = can["single"] = False
     path, reason = _path(path, device, bits, M, N, K, r, can)
+    sizes = (device, bits, M, N, K, r)
     if path == "decode":
-        return Product(path, reason, decode=select("decode", device, bits, M, N, K, r))
+        return Product(path, reason, decode=select("decode", *sizes))
     if path == "single":
         few = FEW_TOKENS < M <= MAX_DECODE[bits][0] and _defaults("matmul_few", device, bits)
         op = "matmul_few" if few else "matmul_single"
-        return Product(path, reason, matmul=select(op, device, bits, M, N, K, r))
+        return Product(path, reason, matmul=select(op, *sizes))
     if path == "hopper":
-        return _hopper(reason, device, bits, M, N, K, r, dropout, masked_output, followed)
+        return _hopper(reason, sizes, dropout, masked_output, followed)
     op = {"portable": "matmul", "pdl": "matmul_descriptor"}[path]
-    matmul = select(op, device, bits, M, N, K, r)
-    shrink = select("shrink", device, bits, M, N, K, r)
+    matmul = select(op, *sizes)
+    shrink = select("shrink", *sizes)
     window = idle_window(device, matmul, shrink, M, N, K, r) if path == "pdl" else 0
     programs = window or min(device.sm_count, _cdiv(M, shrink.BLOCK_M))
     return Product(path, reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
@@ -343,19 +344,14 @@ def _choose_product(
 
 def _hopper(
     reason: str,
-    device: Device,
-    bits: int,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
+    sizes: tuple[Device, int, int, int, int, int],
     dropout: bool,
     masked_output: bool,
     followed: bool,
 ) -> Product:
     """The path hopper: whether its matmul has the SMs for itself, or leaves room for a shrink that
     is small enough, and for rank_grad, to run beside it. Measured on an H100 (results/LOG.md)."""
-    sizes = (device, bits, M, N, K, r)
+    device, _, M, N, K, r = sizes
     alone = select("matmul_hopper", *sizes)
     window = idle_window(device, alone, select("shrink", *sizes), M, N, K, r)
     small = r <= MAX_BESIDE_RANK and not masked_output  # masking takes the registers
