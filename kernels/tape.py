@@ -37,7 +37,6 @@ def play(function, inputs, options):
     addresses, facts = [], [function, first.get_device(), options]
     for t in inputs:
         if t is None:
-            addresses.append(0)
             facts.append(None)
         else:
             address = t.data_ptr()
@@ -82,10 +81,10 @@ class Tape:
         self.launches: list[Launch] = []
         self.made: list[torch.Tensor] = []
         addresses = [t.data_ptr() for t in inputs if t is not None]
+        self.inputs = len(addresses)
+        self.slots = {address: i for i, address in enumerate(addresses)}
         # of two inputs at one address it would be open which one a kernel was given
-        self.complete = len(set(addresses)) == len(addresses)
-        self.slots = {t.data_ptr(): i for i, t in enumerate(inputs) if t is not None}
-        self.inputs = len(inputs)
+        self.complete = len(self.slots) == len(addresses)
 
     def empty(self, shape, dtype=None, *, zeroed=False) -> torch.Tensor:
         """A new tensor on the inputs' device, in the first input's dtype unless given."""
@@ -115,12 +114,13 @@ class Tape:
         addresses += [t.data_ptr() for t in tensors]
         stream = driver.active.get_current_stream(self.device)
         for launch in self.launches:
-            launch(stream, addresses)
+            launch.replay(stream, addresses)
         return [None if i is None else tensors[i] for i in self.outputs]
 
 
 def _allocate(first: torch.Tensor, shape, dtype, zeroed) -> torch.Tensor:
-    tensor = first.new_empty(shape) if dtype is None else first.new_empty(shape, dtype=dtype)
+    # torch takes sizes one by one faster than in a tuple
+    tensor = first.new_empty(*shape) if dtype is None else first.new_empty(*shape, dtype=dtype)
     return tensor.zero_() if zeroed else tensor
 
 
@@ -160,7 +160,7 @@ class Launch:
             for a in arguments
         ]
 
-    def __call__(self, stream, addresses) -> None:
+    def replay(self, stream, addresses) -> None:
         arguments = self.template.copy()
         for i, slot in self.pointers:
             arguments[i] = addresses[slot]
