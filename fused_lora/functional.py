@@ -10,7 +10,6 @@ from fused_lora import dropout, ops
 from fused_lora.autograd import LoRALinearFunction
 
 BACKENDS = ("auto", "triton", "aten")
-NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 
 def lora_linear(
@@ -74,11 +73,24 @@ def run(
         or (bias is not None and bias.requires_grad)
     )
     if wants_grad:
-        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, *options, *adapters)
+        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, options, adapters)
     else:
-        *numbers, backend = options
-        given = (rows, weight, lora_A, lora_B, bias, *numbers, adapters, backend, False)
-        y = ops.call(ops.forward, *given)[0]
+        scaling, scaling_tensor, dropout_p, seed, backend = options
+        y = ops.call(
+            ops.forward,
+            rows,
+            weight,
+            lora_A,
+            lora_B,
+            bias,
+            scaling,
+            scaling_tensor,
+            dropout_p,
+            seed,
+            adapters,
+            backend,
+            False,
+        )[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -86,10 +98,9 @@ def autocasted(x: Tensor) -> tuple[Tensor, bool]:
     """x in autocast's dtype where one is on, and whether one is."""
     if not isinstance(x, Tensor):
         _check_type(x, "x")
-    device_type = x.device.type
-    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    autocast = ops.autocasts(x)
     if autocast and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device_type))
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     return x, autocast
 
 
@@ -97,8 +108,8 @@ def check_tensors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast: bool
 ) -> None:
     device = x.device
-    given = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
-    for tensor, name in zip(given, NAMES, strict=False):
+    given = ((x, "x"), (weight, "weight"), (lora_A, "lora_A"), (lora_B, "lora_B"))
+    for tensor, name in given if bias is None else (*given, (bias, "bias")):
         if type(tensor) not in _PLAIN:
             _check_type(tensor, name)
         if not tensor.is_floating_point():
@@ -170,7 +181,7 @@ def _check_type(tensor: Tensor, name: str) -> None:
 def checked_options(
     x: Tensor, scaling: float | Tensor, dropout_p: float, seed: Tensor | None, backend: str
 ) -> tuple[float, Tensor | None, float, Tensor | None, str]:
-    """What `LoRALinearFunction` takes from scaling on: scaling as a number and a tensor, dropout_p,
+    """What `LoRALinearFunction` takes as its options: scaling as a number and a tensor, dropout_p,
     a seed where there is dropout (drawn unless given), backend. A refused call draws no seed."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")

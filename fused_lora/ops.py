@@ -93,8 +93,8 @@ def register(operator: OpOverload, kernel: Callable[..., Any], fake: Callable[..
     _kernels[operator] = kernel
 
 
-def call(operator: OpOverload, x: Tensor, *arguments: Any) -> Any:
-    """`operator(x, *arguments)`; past the dispatcher, which takes as long as the launches, where
+def call(operator: OpOverload, *arguments: Any) -> Any:
+    """`operator(*arguments)`; past the dispatcher, which takes as long as the launches, where
     nobody watches it: no compiler, mode, transform, trace, profiler, tensor subclass, meta device.
     """
     watched = (
@@ -103,10 +103,10 @@ def call(operator: OpOverload, x: Tensor, *arguments: Any) -> Any:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
-        or not _UNWATCHED.issuperset(map(type, (x, *arguments)))
-        or x.is_meta
+        or not _UNWATCHED.issuperset(map(type, arguments))
+        or arguments[0].is_meta
     )
-    return (operator if watched else _kernels[operator])(x, *arguments)
+    return (operator if watched else _kernels[operator])(*arguments)
 
 
 _UNWATCHED = {Tensor, nn.Parameter, bool, int, float, str, list, tuple, type(None)}
@@ -232,11 +232,18 @@ register(forward, _forward, _forward_fake)
 register(backward, _backward, _backward_fake)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for x's device."""
+    device_type = "cuda" if x.is_cuda else x.device.type  # which is slow: it makes a string
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def _as_given(x: Tensor) -> contextlib.AbstractContextManager:
     """Compute on x's device (Triton launches on the current one) and in the dtypes at hand
     (autocast, which `lora_linear` has applied, would cast again)."""
-    elsewhere = x.is_cuda and x.get_device() != torch.cuda.current_device()
-    autocast = torch.is_autocast_enabled(x.device.type)
+    # torch.cuda.current_device() without its look whether CUDA is initialised: x is there already
+    elsewhere = x.is_cuda and x.get_device() != torch._C._cuda_getDevice()
+    autocast = autocasts(x)
     if not elsewhere and not autocast:
         return _NOTHING_TO_CHANGE
     stack = contextlib.ExitStack()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,3 +112,25 @@ def test_meta_tensors_give_shapes_and_no_kernel_is_called(case, past):
     y.sum().backward()
     assert y.is_meta and y.shape == case.dy.shape and past == []
     assert lora_A.grad.shape == lora_A.shape and x.grad.shape == x.shape
+
+
+@pytest.fixture
+def autocast_on():
+    """Turn autocast on for a type of device, whether there is one or not."""
+    before = torch.is_autocast_enabled("cuda"), torch.is_autocast_enabled("cpu")
+    yield lambda device_type: torch.set_autocast_enabled(device_type, True)
+    torch.set_autocast_enabled("cuda", before[0])
+    torch.set_autocast_enabled("cpu", before[1])
+
+
+@pytest.mark.parametrize("on", ["cuda", "cpu"])
+def test_autocast_is_asked_for_the_device_of_the_tensor(on, autocast_on):
+    with FakeTensorMode():
+        tensors = {name: torch.empty(1, device=name) for name in ("cuda", "cpu")}
+    tensors["meta"] = torch.empty(1, device="meta")  # which has no autocast
+    autocast_on(on)
+    assert {name: ops.autocasts(t) for name, t in tensors.items()} == {
+        "cuda": on == "cuda",
+        "cpu": on == "cpu",
+        "meta": False,
+    }
