@@ -15,6 +15,7 @@ from fused_lora import ops
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K]. With `adapters`, the
     tensors of `scale.Adapters`, A and B pack several and S is zero outside of a token's own.
+    options: those of `functional.checked_options`; in a tuple, as torch looks at every argument.
 
     Saved for backward: x (only for dA or dW), the original W, A and B (parameters, never a cast
     copy), S [M, r] and, with dropout, one bit per element of x. Nothing of size M x N.
@@ -29,13 +30,10 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_A: Tensor,
         lora_B: Tensor,
         bias: Tensor | None,
-        scaling: float,
-        scaling_tensor: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-        backend: str,
-        *adapters: Tensor,
+        options: tuple[float, Tensor | None, float, Tensor | None, str],
+        adapters: tuple[Tensor, ...],
     ) -> Tensor:
+        scaling, scaling_tensor, dropout_p, seed, backend = options
         y, S, *mask = ops.call(
             ops.forward,
             x,
@@ -90,4 +88,4 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = [next(remaining) if needed else None for needed in needs]
         if grads[4] is not None:
             grads[4] = grads[4].to(ctx.bias_dtype)
-        return *grads, *(None,) * (5 + len(adapters))
+        return *grads, None, None
