@@ -34,12 +34,14 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def packed_columns(columns: int) -> int:
-    """Bytes a row of `columns` elements takes in the packed mask."""
-    return (columns + COLUMNS_PER_CALL - 1) // COLUMNS_PER_CALL
+    """Bytes a row of `columns` elements takes in the packed mask: whole 32-bit words. What stands
+    behind the last column is anything."""
+    return (columns + 31) // 32 * 4
 
 
 def packed_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    """The mask as bits, uint8 [rows, ceil(columns / 8)]: bit j of byte i is column 8 i + j."""
+    """The mask as bits, uint8 [rows, packed_columns(columns)]: bit j of byte i is column
+    8 i + j."""
     calls = packed_columns(columns)
     packed = torch.empty((rows, calls), dtype=torch.uint8, device=seed.device)
     # on a CPU in pieces that stay in its cache

@@ -35,15 +35,12 @@ __all__ = [
 
 
 class Mask(NamedTuple):
-    """Dropout of one call: bits uint8 [M, ceil(K / 8)], drawn by shrink from `seed` in forward."""
+    """Dropout of one call: its bits, drawn by shrink from `seed` in forward. What is kept is scaled
+    by 1 / (1 - p), a factor that S and dS carry."""
 
-    bits: Tensor
+    bits: Tensor  # uint8 [M, dropout.packed_columns(K)]
     p: float
     seed: Tensor | None = None
-
-    @property
-    def keep_scale(self) -> float:
-        return 1.0 / (1.0 - self.p)
 
 
 def forward(
@@ -87,15 +84,24 @@ def _forward(
     M, K = x.shape
     y = tape.empty((M, weight.shape[0]))
     S = tape.empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
-    mask = None
-    if dropout_p > 0.0:
-        bits = tape.empty((M, dropout.packed_columns(K)), torch.uint8)
-        mask = Mask(bits, dropout_p, seed)
+    mask = _new_mask(tape, M, K, dropout_p, seed)
     w, b = weight.t(), lora_B.t()
     pack = _pack(ids, owner, scalings, window)
     plan = _plan(x, w, lora_A, y, draw=mask)
     _adapted_product(
-        *(tape, plan, x, w, lora_A, b, y, S, Scale(scale, scaling), pack, precision),
+        *(
+            tape,
+            plan,
+            x,
+            w,
+            lora_A,
+            b,
+            y,
+            S,
+            Scale(scale / (1.0 - dropout_p), scaling),
+            pack,
+            precision,
+        ),
         bias=bias,
         draw=mask,
     )
@@ -160,7 +166,7 @@ def _backward(
     M = dy.shape[0]
     N, (r, K) = lora_B.shape[0], lora_A.shape
     device = _device(dy.device)
-    scale = Scale(scale_value, scaling)
+    scale = Scale(scale_value / (1.0 - dropout_p), scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
     pack = _pack(ids, owner, scalings, window)
@@ -177,7 +183,8 @@ def _backward(
 
     partial = counters = None
     if needs_A or needs_B:
-        tiles = config.select("rank_grad", device, _bits(dy), M, N, K, r)
+        masked = mask is not None and needs_A
+        tiles = config.rank_grad_tiles(device, _bits(dy), M, N, K, r, masked)
         counts = tile_counts(K, N, r, tiles, needs_A, needs_B)
         splits = config.rank_grad_splits(device, sum(counts[:2]) * counts[2], M, tiles)
         if splits > 1:
@@ -205,7 +212,6 @@ def _backward(
             b=lora_A,
             S=dS,
             mask=None if mask is None else mask.bits,
-            keep_scale=1.0 if mask is None else mask.keep_scale,
             adapters=pack,
             input_precision=precision,
         )
@@ -223,7 +229,6 @@ def _backward(
             S=S,
             dB=dB,
             mask=mask.bits if mask is not None and needs_A else None,
-            keep_scale=1.0 if mask is None else mask.keep_scale,
             partial=partial,
             counters=counters,
             adapters=pack,
@@ -270,11 +275,10 @@ def _term(
     """[S [M, padded r]] and with dropout the packed mask."""
     M, K = x.shape
     S = tape.empty((M, padded_rank(lora_A.shape[0])))
-    pack, mask = _pack(ids, owner, scalings, window), None
-    if dropout_p > 0.0:
-        bits = tape.empty((M, dropout.packed_columns(K)), torch.uint8)
-        mask = Mask(bits, dropout_p, seed)
-    _shrink_only(x, lora_A, S, Scale(scale, scaling), pack, precision, draw=mask)
+    pack = _pack(ids, owner, scalings, window)
+    mask = _new_mask(tape, M, K, dropout_p, seed)
+    scaled = Scale(scale / (1.0 - dropout_p), scaling)
+    _shrink_only(x, lora_A, S, scaled, pack, precision, draw=mask)
     return [S] if mask is None else [S, mask.bits]
 
 
@@ -299,6 +303,13 @@ def adapter_gradients(
     )
 
 
+def _new_mask(tape: Tape, M: int, K: int, dropout_p: float, seed: Tensor | None) -> Mask | None:
+    """Room for the mask that a shrink draws, None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    return Mask(tape.empty((M, dropout.packed_columns(K)), torch.uint8), dropout_p, seed)
+
+
 _ONE_ADAPTER = (None, None, None, None)
 
 
@@ -312,8 +323,9 @@ def _pack(
 
 
 def choose_backend(x: Tensor, N: int, r: int) -> str:
-    """ "triton" or "aten" for a layer input x [M, K] with N outputs and rank r."""
-    return config.choose_backend(_device(x.device), _bits(x), x.shape[0], N, x.shape[1], r)
+    """ "triton" or "aten" for a layer input x [M, K] on a GPU, with N outputs and rank r."""
+    device = config.device_of(x.get_device())
+    return config.choose_backend(device, _bits(x), x.shape[0], N, x.shape[1], r)
 
 
 def plan_product(
@@ -456,21 +468,39 @@ def _adapted_product(
         # all segments of the loop have one dtype and rows that TMA can address
         w = w.to(x.dtype)  # under autocast a copy, for the length of this call
         stored = _stored(b, transposed)
-        if stored.dtype != x.dtype or not describable(stored):
+        # rows of lora_B at r = 8 are one word of TMA: it would take them one by one
+        narrow = stored.shape[1] < config.MIN_RANK_BLOCK
+        if narrow or stored.dtype != x.dtype or not describable(stored):
             source = stored
             packed = tape.empty((stored.shape[0], padded_rank(stored.shape[1])))
             stored = packed
         b = _stored(stored, transposed)
-    _shrink(
-        *(x, a, S, plan.shrink, plan.shrink_programs, scale, pack, precision),
-        draw=draw,
-        counters=counters,
-        source=source,
-        packed=packed,
-        trigger=descriptors,
-    )
-    mask, keep_scale = (None, 1.0) if masked is None else (masked.bits, masked.keep_scale)
-    if plan.path == "hopper":  # an experimental interface of Triton: imported where it is used
+    if plan.path == "hopper" and draw is not None:
+        from fused_lora.kernels.shrink_dropout import shrink_dropout
+
+        shrink_dropout(
+            *(x, a, S, plan.shrink, plan.shrink_programs),
+            seed=draw.seed,
+            threshold=dropout.threshold(draw.p),
+            mask=draw.bits,
+            scale=scale.value,
+            scaling=scale.tensor,
+            source=source,
+            packed=packed,
+            trigger=True,
+            adapters=pack,
+        )
+    else:
+        _shrink(
+            *(x, a, S, plan.shrink, plan.shrink_programs, scale, pack, precision),
+            draw=draw,
+            counters=counters,
+            source=source,
+            packed=packed,
+            trigger=descriptors,
+        )
+    mask = None if masked is None else masked.bits
+    if plan.path == "hopper":  # Gluon, an experimental part of Triton: imported where it is used
         from fused_lora.kernels.matmul_hopper import hopper_matmul
 
         hopper_matmul(
@@ -479,7 +509,6 @@ def _adapted_product(
             S=S,
             bias=bias,
             mask=mask,
-            keep_scale=keep_scale,
             pdl=True,
         )
         return
@@ -497,7 +526,6 @@ def _adapted_product(
         S=S,
         bias=bias,
         mask=mask,
-        keep_scale=keep_scale,
         adapters=pack,
         input_precision=precision,
     )
@@ -545,7 +573,7 @@ def _shrink(
         S,
         tiles,
         programs,
-        scale=scale.value * (1.0 if draw is None else draw.keep_scale),
+        scale=scale.value,
         scaling=scale.tensor,
         seed=None if draw is None else draw.seed,
         threshold=0 if draw is None else dropout.threshold(draw.p),

@@ -119,6 +119,7 @@ KINDS = {
     "matmul_hopper": Matmul,
     "matmul_beside": Matmul,
     "rank_grad": RankGrad,
+    "rank_grad_masked": RankGrad,
     "decode": Decode,
 }
 
@@ -227,10 +228,7 @@ def triton_minor() -> str:
 def select(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -> Any:
     """The configuration of kernel `op` for these sizes: tuned if measured, else the default that
     the analytic rule prefers."""
-    found = tuned(device.name, triton_minor()).get((op, bits, bucket(M), N, K, r))
-    if found is not None:
-        return found
-    candidates = _defaults(op, device, bits)
+    candidates = _candidates(op, device, bits, M, N, K, r)
     if op == "matmul_few":  # bound by memory: x is read again for every tile
         return min(candidates, key=lambda c: (_few_cost(c, device, N), -c.BLOCK_N))
     if op.startswith("matmul"):
@@ -238,6 +236,12 @@ def select(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -
     if op == "decode":
         return min(candidates, key=lambda c: abs(_decode_programs(c, N) - 2 * device.sm_count))
     return candidates[0]
+
+
+def _candidates(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -> list[Any]:
+    """What is measured for these sizes, alone, else the defaults."""
+    found = tuned(device.name, triton_minor()).get((op, bits, bucket(M), N, K, r))
+    return _defaults(op, device, bits) if found is None else [found]
 
 
 def _defaults(op: str, device: Device, bits: int) -> list[Any]:
@@ -322,6 +326,7 @@ def _choose_product(
         "hopper": describable and bits == 16 and hopper and r <= MAX_HOPPER_RANK,
     }
     can["hopper"] &= r <= MAX_MASKED_RANK or not masked_output
+    can["hopper"] &= K % 8 == 0 or not dropout
     if dropout or masked_output:
         can["decode"] = can["single"] = False
     path, reason = _path(path, device, bits, M, N, K, r, can)
@@ -333,12 +338,13 @@ def _choose_product(
         op = "matmul_few" if few else "matmul_single"
         return Product(path, reason, matmul=select(op, *sizes))
     if path == "hopper":
-        return _hopper(reason, sizes, dropout, masked_output, followed)
+        return _hopper(reason, sizes, dropout, followed)
     op = {"portable": "matmul", "pdl": "matmul_descriptor"}[path]
     matmul = select(op, *sizes)
-    shrink = select("shrink", *sizes)
-    window = idle_window(device, matmul, shrink, M, N, K, r) if path == "pdl" else 0
-    programs = window or min(device.sm_count, _cdiv(M, shrink.BLOCK_M))
+    shrink, programs = select("shrink", *sizes), device.sm_count
+    if path == "pdl":
+        shrink, programs = idle_shrink(matmul, *sizes) or (shrink, programs)
+    programs = min(programs, _cdiv(M, shrink.BLOCK_M))
     return Product(path, reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
 
@@ -346,30 +352,24 @@ def _hopper(
     reason: str,
     sizes: tuple[Device, int, int, int, int, int],
     dropout: bool,
-    masked_output: bool,
     followed: bool,
 ) -> Product:
     """The path hopper: whether its matmul has the SMs for itself, or leaves room for a shrink that
     is small enough, and for rank_grad, to run beside it. Measured on an H100 (results/LOG.md)."""
-    device, _, M, N, K, r = sizes
-    alone = select("matmul_hopper", *sizes)
-    window = idle_window(device, alone, select("shrink", *sizes), M, N, K, r)
-    small = r <= MAX_BESIDE_RANK and not masked_output  # masking takes the registers
+    device, _, M, _, _, r = sizes
+    matmul, beside = select("matmul_hopper", *sizes), select("matmul_beside", *sizes)
+    window = idle_shrink(matmul, *sizes)
     if dropout:
-        op, most = "shrink_dropout", 2 * device.sm_count
-    elif small and (followed or not window):
-        op, most = "shrink_beside", device.sm_count
+        shrink, programs = select("shrink_dropout", *sizes), 2 * device.sm_count
+        matmul = beside if followed else matmul
+    elif r <= MAX_BESIDE_RANK and (followed or window is None):
+        shrink, programs = _fastest_shrink("shrink_beside", device.sm_count, *sizes)
+        matmul = beside
     else:
-        op, most = "shrink", window or device.sm_count
-    shrink = select(op, *sizes)
-    beside = followed or op != "shrink"
-    return Product(
-        "hopper",
-        reason,
-        matmul=select("matmul_beside", *sizes) if beside else alone,
-        shrink=shrink,
-        shrink_programs=min(most, _cdiv(M, shrink.BLOCK_M)),
-    )
+        shrink, programs = window or _fastest_shrink("shrink", device.sm_count, *sizes)
+        matmul = beside if followed else matmul
+    programs = min(programs, _cdiv(M, shrink.BLOCK_M))
+    return Product("hopper", reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
 
 def _path(
@@ -398,25 +398,50 @@ def _path(
     return "portable", "pointer loads, S from shrink"
 
 
-def idle_window(
-    device: Device, matmul: Matmul, shrink: Shrink, M: int, N: int, K: int, r: int
-) -> int:
-    """The SMs that a persistent matmul launched behind shrink (PDL) leaves idle in its last wave,
-    if shrink can do its work on them in that time; 0 if there are none or it cannot.
+def idle_shrink(
+    matmul: Matmul, device: Device, bits: int, M: int, N: int, K: int, r: int
+) -> tuple[Shrink, int] | None:
+    """The tiles and programs of a shrink on the SMs that a persistent matmul launched behind it
+    (PDL) leaves idle in its last wave; None if it cannot do its work there in time.
 
     (-tiles) mod SMs are idle for one tile time: there shrink is free. One SM more would put off the
-    last wave: seen on an H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33. Model: an SM
-    streams 100 GB/s and a tile runs at the GPU's 650 TFLOP/s / 132.
+    last wave: seen on an H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33. Model: a tile
+    runs at the GPU's 650 TFLOP/s / 132.
     """
-    tiles = _cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N)
-    blocks = _cdiv(M, shrink.BLOCK_M)
-    idle = -tiles % device.sm_count
-    if idle == 0 or tiles <= device.sm_count:
-        return 0
+    idle = -_cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N) % device.sm_count
+    if idle == 0:
+        return None
+    shrink, programs = _fastest_shrink("shrink", idle, device, bits, M, N, K, r)
     tile_seconds = 2 * matmul.BLOCK_M * matmul.BLOCK_N * K / (650e12 / 132)
-    bytes_per_block = (shrink.BLOCK_M + _power_of_2(r)) * K * 2
-    shrink_seconds = _cdiv(blocks, idle) * bytes_per_block / 100e9
-    return min(idle, blocks) if shrink_seconds <= tile_seconds else 0
+    if _shrink_seconds(shrink, idle, M, K, r) > tile_seconds:
+        return None
+    return shrink, min(programs, _cdiv(M, shrink.BLOCK_M))
+
+
+def _fastest_shrink(
+    op: str, programs: int, device: Device, bits: int, M: int, N: int, K: int, r: int
+) -> tuple[Shrink, int]:
+    """The tiles of shrink that take the shortest on so many SMs, and programs for a rank block."""
+    candidates = _candidates(op, device, bits, M, N, K, r)
+    shrink = min(candidates, key=lambda c: _shrink_seconds(c, programs, M, K, r))
+    return shrink, max(1, programs // _cdiv(r, shrink.block_r(r)))
+
+
+def _shrink_seconds(shrink: Shrink, programs: int, M: int, K: int, r: int) -> float:
+    """Model: an SM streams 100 GB/s, and a step takes at least the 0.25 us of its loads' latency
+    (seen on an H100 in tiles of 16 and 128 rows)."""
+    rounds = _cdiv(_cdiv(M, shrink.BLOCK_M) * _cdiv(r, shrink.block_r(r)), programs)
+    streaming = (shrink.BLOCK_M + _power_of_2(r)) * K * 2 / 100e9
+    return rounds * max(streaming, _cdiv(K, shrink.BLOCK_K) * 0.25e-6)
+
+
+def rank_grad_tiles(
+    device: Device, bits: int, M: int, N: int, K: int, r: int, masked: bool
+) -> RankGrad:
+    """The tiles of rank_grad; with a dropout mask more warps, where a GPU has a form of its own."""
+    sizes = (device, bits, M, N, K, r)
+    own = masked and _candidates("rank_grad_masked", *sizes)
+    return select("rank_grad_masked" if own else "rank_grad", *sizes)
 
 
 def rank_grad_behind(plan: Product | None) -> bool:

@@ -41,8 +41,11 @@ def expand(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def load_keep(
     mask_ptr, offs_m, M, column, columns, stride_mm, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """Read the mask of rows `offs_m` and COLS columns from `column` (a multiple of 8) onwards."""
-    offs_byte = column // 8 + tl.arange(0, COLS // 8)
-    inside = (offs_m < M)[:, None] & (offs_byte * 8 < columns)[None, :]
-    pointers = mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mm + offs_byte[None, :]
-    return expand(tl.load(pointers, mask=inside, other=0), ROWS, COLS)
+    """Read the mask of rows `offs_m` and COLS columns from `column` (multiples of 32) onwards, as 0
+    and 1 [ROWS, COLS]. In words: what is narrower is not loaded ahead of its use."""
+    offs_word = column // 32 + tl.arange(0, COLS // 32)
+    inside = (offs_m < M)[:, None] & (offs_word * 32 < columns)[None, :]
+    rows = mask_ptr.to(tl.pointer_type(tl.int32)) + offs_m.to(tl.int64)[:, None] * (stride_mm // 4)
+    words = tl.load(rows + offs_word[None, :], mask=inside, other=0)
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    return tl.reshape(bits, (ROWS, COLS))

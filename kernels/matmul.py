@@ -57,7 +57,6 @@ def matmul_kernel(
     stride_mm,
     stride_ym,
     scale,
-    keep_scale,
     ADAPTER: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALING: tl.constexpr,
@@ -75,7 +74,7 @@ def matmul_kernel(
 
     x [M, K], w [K, N], b [r, N], S [M, columns], y [M, N]. ADAPTER is "none", "given" (S is read)
     or "single" (S = scale * x A^T is computed here, a [r, K], and the first tile column stores it).
-    mask (DROPOUT, "given" only) holds bits of y's shape; its kept entries are scaled by keep_scale.
+    mask (DROPOUT, "given" only) holds bits of y's shape.
     With ids, of `adapters.py`, "single" keeps the columns of a token's own adapter; "given"
     steps only through the columns that the tokens of its tile want.
     """
@@ -114,7 +113,7 @@ def matmul_kernel(
         keep = dropout.load_keep(
             mask_ptr, offs_m, M, pid_n * BLOCK_N, N, stride_mm, BLOCK_M, BLOCK_N
         )
-        acc = tl.where(keep != 0, acc * keep_scale, 0.0)
+        acc = tl.where(keep != 0, acc, 0.0)
 
     side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)  # [M, r]
     for k in tl.range(0, K, BLOCK_K):
@@ -246,7 +245,6 @@ def matmul(
     scale=1.0,
     scaling=None,
     mask=None,
-    keep_scale=1.0,
     single=False,
     adapters=None,
     input_precision="ieee",
@@ -288,7 +286,7 @@ def matmul(
             0 if mask is None else mask.stride(0),
             y.stride(0),
         ),
-        (float(scale), float(keep_scale)),
+        (float(scale),),
         (
             "none" if b is None else "single" if single else "given",
             bias is not None,

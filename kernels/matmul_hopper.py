@@ -28,7 +28,7 @@ tma_load = tma.async_load if RENAMED else tma.async_copy_global_to_shared
 tma_store = tma.async_store if RENAMED else tma.async_copy_shared_to_global
 tile_of = gluon.jit(matmul.tile_of.fn)
 
-BLOCK_M = gl.constexpr(128)  # two warpgroups of 64 rows
+ROWS = gl.constexpr(16)  # of a tile that a warp has; a warpgroup is four warps
 BLOCK_K = gl.constexpr(64)
 # 128 bytes, BLOCK_K 16-bit elements, are one row of the pattern that TMA and wgmma share
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -38,7 +38,7 @@ LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 def corner_of(tile, sizes, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
     tiles_m, tiles_n, _, _ = sizes
     pid_m, pid_n = tile_of(tile, tiles_m, tiles_n, GROUP_M)
-    return pid_m * BLOCK_M, pid_n * BLOCK_N
+    return pid_m * (ROWS * gl.num_warps()), pid_n * BLOCK_N
 
 
 @gluon.jit
@@ -126,51 +126,75 @@ def multiply_step(acc, ring, slot, phase, DEPTH: gl.constexpr, W_NK: gl.constexp
 
 
 @gluon.constexpr_function
+def accumulator(columns, warps):
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
 def depth_of(columns):
     """How many of the columns that are left a step takes."""
     return min(columns, 64)
 
 
+@gluon.constexpr_function
+def words_layout(columns, warps):
+    """Of [16 warps, columns / 32] words in the threads that have those rows of an accumulator: each
+    has all words of two rows."""
+    registers = [[0, 1 << i] for i in range((columns // 32).bit_length() - 1)] + [[8, 0]]
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    rows = [[ROWS.value << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        registers, lanes, rows, [], [ROWS.value * warps, columns // 32]
+    )
+
+
+@gluon.jit
+def mask_words(mask, row, column, COLUMNS: gl.constexpr):
+    """The words of the dropout mask [rows of a tile, COLUMNS / 32] from this row and column on."""
+    mask_ptr, stride_mm, M, N = mask
+    layout: gl.constexpr = words_layout(COLUMNS, gl.num_warps())
+    offs_m = row + gl.arange(0, ROWS * gl.num_warps(), gl.SliceLayout(1, layout))
+    offs_word = column // 32 + gl.arange(0, COLUMNS // 32, gl.SliceLayout(0, layout))
+    return gl.load(
+        mask_ptr.to(gl.pointer_type(gl.int32))
+        + offs_m.to(gl.int64)[:, None] * (stride_mm // 4)
+        + offs_word[None, :],
+        mask=(offs_m < M)[:, None] & (offs_word * 32 < N)[None, :],
+        other=0,
+    )
+
+
 @gluon.jit
 def add_masked(
-    part,
-    ring,
-    slot,
-    mask,
-    row,
-    column,
-    FIRST_COLUMN: gl.constexpr,
-    RANK: gl.constexpr,
-    W_NK: gl.constexpr,
+    part, words, ring, slot, FIRST: gl.constexpr, RANK: gl.constexpr, W_NK: gl.constexpr
 ):
-    """part + keep_scale * mask * (S b) of these columns of a tile; S and b are in the slot."""
-    ROWS: gl.constexpr = part.shape[0]
+    """part + mask * (S b) of these columns of a tile; S and b are in the slot."""
+    HEIGHT: gl.constexpr = part.shape[0]
     COLUMNS: gl.constexpr = part.shape[1]
     x_ring, w_ring, _ = ring
-    mask_ptr, stride_mm, keep_scale, M, N = mask
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, COLUMNS, 16])
+    layout: gl.constexpr = accumulator(COLUMNS, gl.num_warps())
     s = x_ring.index(slot)
     if RANK != BLOCK_K:
         s = s.slice(0, RANK, dim=1)
-    b = columns_of(w_ring.index(slot), FIRST_COLUMN, COLUMNS, RANK, W_NK)
-    term = gl.zeros((ROWS, COLUMNS), gl.float32, layout)
+    b = columns_of(w_ring.index(slot), FIRST, COLUMNS, RANK, W_NK)
+    term = gl.zeros((HEIGHT, COLUMNS), gl.float32, layout)
     term = warpgroup_mma_wait(0, (warpgroup_mma(s, b, term, is_async=True),))
-    # one byte of the mask holds eight columns
-    term = term.reshape((ROWS, COLUMNS // 8, 8))
+    term = term.reshape((HEIGHT, COLUMNS // 32, 32))
     bits: gl.constexpr = term.type.layout
-    of_bytes: gl.constexpr = gl.SliceLayout(2, bits)
-    offs_m = row + gl.arange(0, ROWS, gl.SliceLayout(1, of_bytes))
-    offs_byte = column // 8 + FIRST_COLUMN // 8
-    offs_byte += gl.arange(0, COLUMNS // 8, gl.SliceLayout(0, of_bytes))
-    packed = gl.load(
-        mask_ptr + offs_m.to(gl.int64)[:, None] * stride_mm + offs_byte[None, :],
-        mask=(offs_m < M)[:, None] & (offs_byte * 8 < N)[None, :],
-        other=0,
-    )
-    shifts = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, bits)))
-    keep = (packed.to(gl.int32)[:, :, None] >> shifts[None, None, :]) & 1
-    term = gl.where(keep != 0, term * keep_scale, 0.0).reshape((ROWS, COLUMNS))
+    words = gl.convert_layout(words, gl.SliceLayout(2, bits))
+    column = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, bits)))[None, None, :]
+    # in two shifts: the first one is of the thread, the second one known to the compiler
+    keep = ((words[:, :, None] >> (column & 6)) >> (column & 25)) & 1
+    term = gl.where(keep != 0, term, 0.0).reshape((HEIGHT, COLUMNS))
     return part + gl.convert_layout(term, part.type.layout)
+
+
+@gluon.jit
+def halves(part):
+    """Its columns in two tensors."""
+    HEIGHT: gl.constexpr = part.shape[0]
+    COLUMNS: gl.constexpr = part.shape[1]
+    return part.reshape((HEIGHT, 2, COLUMNS // 2)).permute((0, 2, 1)).split()
 
 
 @gluon.jit
@@ -188,32 +212,31 @@ def store_tile(
     y_smem,
     ring,
     slot,
-    mask,
+    words,
     row,
     column,
     MASKED_RANK: gl.constexpr,
     W_NK: gl.constexpr,
 ):
-    """y = acc + bias, or with MASKED_RANK acc + the masked term of the adapter, in one column part
-    or two as the block of y_desc says."""
-    ROWS: gl.constexpr = acc.shape[0]
+    """y = acc + bias, or with MASKED_RANK acc + the masked term of the adapter, in one column part,
+    two or four as the block of y_desc says."""
     COLUMNS: gl.constexpr = acc.shape[1]
+    PART: gl.constexpr = y_smem.shape[1]
     y_desc, bias_ptr, N = out
     if bias_ptr is not None:
         offs_n = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc.type.layout))
         bias = gl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)
         acc += bias.to(gl.float32)[None, :]
-    if y_smem.shape[1] == COLUMNS:
-        store_part(y_desc, y_smem, row, column, acc)
-    else:
-        PART: gl.constexpr = COLUMNS // 2
-        low, high = acc.reshape((ROWS, 2, PART)).permute((0, 2, 1)).split()
+    parts = (acc,)
+    if COLUMNS // PART >= 2:
+        parts = halves(acc)
+    if COLUMNS // PART == 4:
+        parts = halves(parts[0]) + halves(parts[1])
+    for i in gl.static_range(COLUMNS // PART):
+        part = parts[i]
         if MASKED_RANK > 0:
-            low = add_masked(low, ring, slot, mask, row, column, 0, MASKED_RANK, W_NK)
-        store_part(y_desc, y_smem, row, column, low)
-        if MASKED_RANK > 0:
-            high = add_masked(high, ring, slot, mask, row, column, PART, MASKED_RANK, W_NK)
-        store_part(y_desc, y_smem, row, column + PART, high)
+            part = add_masked(part, words[i], ring, slot, i * PART, MASKED_RANK, W_NK)
+        store_part(y_desc, y_smem, row, column + i * PART, part)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -229,7 +252,6 @@ def matmul_hopper_kernel(
     N,
     K,
     stride_mm,
-    keep_scale,
     W_NK: gl.constexpr,
     RANK: gl.constexpr,
     MASKED: gl.constexpr,
@@ -239,19 +261,20 @@ def matmul_hopper_kernel(
     STAGES: gl.constexpr,
 ):
     """y[M, N] = x[M, K] w + s[M, r] b + bias; RANK, r rounded up, is 0 without an adapter. MASKED:
-    y[M, N] = x[M, K] w + keep_scale * mask * (s[M, r] b), mask holds bits of y's shape, r <= 64.
+    y[M, N] = x[M, K] w + mask * (s[M, r] b), mask holds bits of y's shape, r <= 64.
 
     w is stored [N, K] and b [N, r] when W_NK (forward), else [K, N] and [r, N] (dX). Grid: at most
     one program an SM and no more than there are tiles. All 8 warps multiply and load: step
     n + STAGES - 1 goes where step n - 1 has been. Gluon puts the barrier between a read that both
     warpgroups have finished and the next load.
     """
+    HEIGHT: gl.constexpr = ROWS * gl.num_warps()
     main_steps = gl.cdiv(K, BLOCK_K)
     steps = main_steps + (RANK + BLOCK_K - 1) // BLOCK_K
-    sizes = (gl.cdiv(M, BLOCK_M), gl.cdiv(N, BLOCK_N), main_steps, steps)
+    sizes = (gl.cdiv(M, HEIGHT), gl.cdiv(N, BLOCK_N), main_steps, steps)
     descs = (x_desc, w_desc, s_desc, b_desc)
     out = (y_desc, bias_ptr, N)
-    mask = (mask_ptr, stride_mm, keep_scale, M, N)
+    mask = (mask_ptr, stride_mm, M, N)
     x_ring = gl.allocate_shared_memory(x_desc.dtype, [STAGES] + x_desc.block_shape, LAYOUT)
     w_ring = gl.allocate_shared_memory(w_desc.dtype, [STAGES] + w_desc.block_shape, LAYOUT)
     y_smem = gl.allocate_shared_memory(y_desc.dtype, y_desc.block_shape, LAYOUT)
@@ -260,7 +283,7 @@ def matmul_hopper_kernel(
         mbarrier.init(full.index(slot), count=1)
     fence_async_shared()
     ring = (x_ring, w_ring, full)
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_N, 16])
+    layout: gl.constexpr = accumulator(BLOCK_N, gl.num_warps())
     row, column = corner_of(gl.program_id(0), sizes, BLOCK_N, GROUP_M)
     position = (gl.program_id(0), row, column, gl.to_tensor(0))
     for ahead in range(STAGES - 1):
@@ -269,7 +292,7 @@ def matmul_hopper_kernel(
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     for tile in range(gl.program_id(0), sizes[0] * sizes[1], gl.num_programs(0)):
-        acc = gl.zeros((BLOCK_M, BLOCK_N), gl.float32, layout)
+        acc = gl.zeros((HEIGHT, BLOCK_N), gl.float32, layout)
         for _ in range(main_steps):
             acc = multiply_step(acc, ring, slot, phase, BLOCK_K, W_NK)
             position = load_step(descs, ring, before, position, sizes, W_NK, PDL, BLOCK_N, GROUP_M)
@@ -283,39 +306,44 @@ def matmul_hopper_kernel(
                 )
                 before = slot
                 slot, phase = next_slot(slot, phase, STAGES)
-        acc = warpgroup_mma_wait(0, (acc,))
         row, column = corner_of(tile, sizes, BLOCK_N, GROUP_M)
+        words = ()
+        if MASKED:
+            for part in gl.static_range(BLOCK_N // y_smem.shape[1]):
+                first = column + part * y_smem.shape[1]
+                words = words + (mask_words(mask, row, first, y_smem.shape[1]),)
+        acc = warpgroup_mma_wait(0, (acc,))
         if MASKED:
             position = load_step(descs, ring, before, position, sizes, W_NK, PDL, BLOCK_N, GROUP_M)
             mbarrier.wait(full.index(slot), phase)
-            store_tile(acc, out, y_smem, ring, slot, mask, row, column, RANK, W_NK)
+            store_tile(acc, out, y_smem, ring, slot, words, row, column, RANK, W_NK)
             before = slot
             slot, phase = next_slot(slot, phase, STAGES)
         else:
-            store_tile(acc, out, y_smem, ring, slot, mask, row, column, 0, W_NK)
+            store_tile(acc, out, y_smem, ring, slot, words, row, column, 0, W_NK)
     tma.store_wait(0)
 
 
-def hopper_matmul(
-    x, w, y, config, programs, *, b=None, S=None, bias=None, mask=None, keep_scale=1.0, pdl=False
-):
+def hopper_matmul(x, w, y, config, programs, *, b=None, S=None, bias=None, mask=None, pdl=False):
     """Launch `matmul_hopper_kernel`. x [M, K], w [K, N] and b [r, N] as stored row-major or as the
     transpose of a row-major matrix (both alike), S [M, >= r], y [M, N], one 16-bit dtype. `mask`
-    holds dropout bits of y's shape: the adapter's term is masked (r <= 64, y in two parts).
+    holds dropout bits of y's shape: the adapter's term is masked (r <= 64, no bias).
 
-    config: BLOCK_M 128, BLOCK_K 64, num_warps 8; num_stages is the number of slots. With `pdl`,
-    which needs b, the launch before this one on the stream must be the `shrink` that writes S,
-    launched with `trigger` and itself without PDL: only then are x and w complete before this one
-    starts.
+    config: BLOCK_M is 16 rows a warp, num_warps 4 or 8, BLOCK_K 64; num_stages is the number of
+    slots. With `pdl`, which needs b, the launch before this one on the stream must be the `shrink`
+    that writes S, launched with `trigger` and itself without PDL: only then are x and w complete
+    before this one starts.
     """
-    assert (config.BLOCK_M, config.BLOCK_K, config.num_warps) == (128, 64, 8)
+    assert (config.BLOCK_M, config.BLOCK_K) == (16 * config.num_warps, 64)
     assert b is not None or not pdl
     M, K = x.shape
     N = w.shape[1]
     transposed = w.stride(1) != 1
     block_x = (config.BLOCK_M, config.BLOCK_K)
     rank = 0 if b is None else b.shape[0]
-    assert mask is None or (rank <= 64 and config.STORE_PARTS == 2 and bias is None)
+    assert mask is None or (rank <= 64 and bias is None)
+    # masked parts are narrow: beside the accumulator there is little room in the registers
+    part = config.BLOCK_N // config.STORE_PARTS if mask is None else 64
     if transposed:
         w, b = w.t(), None if b is None else b.t()
         block_w = (config.BLOCK_N, config.BLOCK_K)
@@ -329,12 +357,12 @@ def hopper_matmul(
             (w, block_w, LAYOUT),
             None if b is None else (S, block_x, LAYOUT),
             None if b is None else (b, block_w, LAYOUT),
-            (y, (config.BLOCK_M, config.BLOCK_N // config.STORE_PARTS), LAYOUT),
+            (y, (config.BLOCK_M, part), LAYOUT),
             bias,
             mask,
         ),
         (M, N, K, 0 if mask is None else mask.stride(0)),
-        (float(keep_scale),),
+        (),
         (
             transposed,
             _whole_slices(rank),

@@ -43,7 +43,6 @@ def rank_grad_kernel(
     stride_dbr,
     stride_dbn,
     stride_mm,
-    keep_scale,
     WANT_A: tl.constexpr,
     WANT_B: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -55,7 +54,7 @@ def rank_grad_kernel(
     BLOCK_R: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """dA[j, k] = keep_scale * sum_m dS[m, j] D(x)[m, k] and dB[n, j] = sum_m dY[m, n] S[m, j].
+    """dA[j, k] = sum_m dS[m, j] D(x)[m, k] and dB[n, j] = sum_m dY[m, n] S[m, j].
 
     x [M, K], dS and S [M, >= r], dY [M, N]. Grid (splits; column tiles of dB, then of dA; rank
     blocks). counter: int32, one per (column tile, rank block), zero at launch. ids and owner as in
@@ -79,7 +78,6 @@ def rank_grad_kernel(
                 r,
                 tile,
                 rows_per_split,
-                1.0,
                 stride_dym,
                 stride_sm,
                 stride_dbr,
@@ -109,7 +107,6 @@ def rank_grad_kernel(
                 r,
                 tile - tiles_B,
                 rows_per_split,
-                keep_scale,
                 stride_xm,
                 stride_dsm,
                 stride_dar,
@@ -142,7 +139,6 @@ def _one_tile(
     r,
     tile,
     rows_per_split,
-    keep_scale,
     stride_pm,
     stride_qm,
     stride_or,
@@ -156,7 +152,7 @@ def _one_tile(
     BLOCK_R: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """One split of out[j, c] = keep_scale * sum_m D(P)[m, c] Q[m, j] for one tile of columns c."""
+    """One split of out[j, c] = sum_m D(P)[m, c] Q[m, j] for one tile of columns c."""
     split = tl.program_id(0)
     offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -210,7 +206,7 @@ def _one_tile(
     )
     inside = inside_c[:, None] & inside_r[None, :]
     if SPLITS == 1:
-        tl.store(out, (acc * keep_scale).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         # partials [column tile, rank block, split, BLOCK_C, BLOCK_R], tiles as the grid counts them
         slot = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
@@ -223,7 +219,7 @@ def _one_tile(
             total = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
             for i in tl.range(0, SPLITS):
                 total += tl.load(base + i * (BLOCK_C * BLOCK_R), cache_modifier=".cg")
-            tl.store(out, (total * keep_scale).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def tile_counts(K, N, r, config, want_A, want_B):
@@ -255,7 +251,6 @@ def rank_grad(
     S=None,
     dB=None,
     mask=None,
-    keep_scale=1.0,
     partial=None,
     counters=None,
     adapters=None,
@@ -298,7 +293,7 @@ def rank_grad(
             *(dB.stride()[::-1] if want_B else (0, 0)),
             0 if mask is None else mask.stride(0),
         ),
-        (float(keep_scale),),
+        (),
         (
             want_A,
             want_B,

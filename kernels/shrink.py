@@ -202,7 +202,7 @@ def shrink(
     """Launch `shrink_kernel`: x [M, K] (unit column stride), a [r, K], S [M, >= r].
 
     `scaling` is a 0-dim fp32 tensor multiplied into `scale` on the device. `seed` and `threshold`
-    switch dropout on, `mask` [M, ceil(K/8)] receives its bits. `source` is copied to `packed`;
+    switch dropout on, `mask` receives its bits. `source` is copied to `packed`;
     `counters` int32 are zeroed. `trigger` lets a dependent launch (PDL) start early.
     `adapters`: whose the tokens and the rows of a are, if a packs several.
     """

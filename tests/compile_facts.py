@@ -33,6 +33,7 @@ from fused_lora.kernels import (
     matmul_hopper,
     rank_grad,
     shrink,
+    shrink_dropout,
 )
 from fused_lora.kernels.launch import options_of
 from fused_lora.scale import Adapters
@@ -118,7 +119,7 @@ def launches(target: str, bits: int):
         A, B, S = factors(r)
         for tiles in table.get("shrink_dropout", []):
             dropped = {"seed": seed, "threshold": 3277, "mask": bits_x, "trigger": True}
-            shrink.shrink(x, A, S, tiles, 256, **dropped)
+            shrink_dropout.shrink_dropout(x, A, S, tiles, 256, **dropped)
             yield f"shrink_dropout r={r} forward"
     for index, tiles in enumerate(table["shrink"]):
         for r in (16, 128):
@@ -163,7 +164,7 @@ def launches(target: str, bits: int):
         A, B, S = factors(16)
         matmul.matmul(dy, weight, x, tiles, b=A, S=S)
         yield f"matmul[{index}] r=16 dX"
-        matmul.matmul(dy, weight, x, tiles, b=A, S=S, mask=bits_x, keep_scale=1.05)
+        matmul.matmul(dy, weight, x, tiles, b=A, S=S, mask=bits_x)
         yield f"matmul[{index}] r=16 dX dropout"
         A, B, S = factors(1024)
         matmul.matmul(x, weight.t(), dy, tiles, b=B.t(), S=S, bias=bias, adapters=pack(1024))
@@ -210,9 +211,10 @@ def launches(target: str, bits: int):
         run(x, weight.t(), dy, tiles, 132)
         yield f"{name} plain forward"
         A, B, S = factors(config.MAX_MASKED_RANK)
-        run(dy, weight, x, tiles, 132, b=A, S=S, mask=bits_x, keep_scale=1.1, pdl=True)
+        run(dy, weight, x, tiles, 132, b=A, S=S, mask=bits_x, pdl=True)
         yield f"{name} r=64 dX dropout"
-    for index, tiles in enumerate(table["rank_grad"]):
+    grads = table["rank_grad"] + table.get("rank_grad_masked", [])
+    for index, tiles in enumerate(grads):
         variants = {
             f"r={r}{' dropout' if mask is not None else ''}": (r, {"mask": mask})
             for mask in (None, bits_x)
@@ -341,7 +343,9 @@ def facts_of(target: str, only: str = "") -> dict:
         else GPUTarget("cuda", int(part[3:]), 32)
     )
     pending: list = []
-    modules = (shrink, matmul, matmul_descriptor, matmul_hopper, rank_grad, decode)
+    modules = (
+        *(shrink, shrink_dropout, matmul, matmul_descriptor, matmul_hopper, rank_grad, decode),
+    )
     for module in modules:
         module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
             (kernel, *arguments, pdl)

@@ -11,6 +11,9 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+# a graph compiled with another version of the library would be taken from there: an operator's
+# fake implementation is not part of the key
+os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 sys.path.insert(0, str(Path(__file__).parent))  # importlib mode leaves the helpers unimportable
 
 import interpreter

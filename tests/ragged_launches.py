@@ -6,7 +6,8 @@ import itertools
 
 import torch
 
-from fused_lora.kernels import config, decode, matmul, rank_grad, shrink
+from fused_lora.dropout import packed_columns
+from fused_lora.kernels import config, decode, matmul, rank_grad, shrink, shrink_dropout
 from fused_lora.scale import padded_rank
 
 M, N, K, RANKS = 33, 50, 70, (8, 3)
@@ -21,7 +22,7 @@ def launches(target: str):
     """Call the launchers of the portable kernels in bf16, yielding each case's name."""
     table = config.defaults()[target]["16"]
     x, dy, w = tensor(M, K), tensor(M, N), tensor(N, K)
-    mask = tensor(M, -(-K // 8), dtype=torch.uint8)
+    mask = tensor(M, packed_columns(K), dtype=torch.uint8)
     drawn = {"seed": tensor(dtype=torch.int64), "threshold": 3277, "mask": mask}
     work = {name: tensor(1 << 20, dtype=FP32) for name in ("partial", "partial_s")}
     work["counters"] = tensor(64, dtype=torch.int32)
@@ -51,7 +52,11 @@ def launches(target: str):
         for index, tiles in enumerate(table["shrink"]):
             shrink.shrink(x, A, S, tiles, 132, **drawn, **packing)
             yield f"shrink[{index}] dropout {name}"
-        for index, tiles in enumerate(table["rank_grad"]):
+        for index, tiles in enumerate(table.get("shrink_dropout", [])):
+            even, A8 = tensor(M, K + 2), tensor(r, K + 2, dtype=adapter)  # whole vectors
+            shrink_dropout.shrink_dropout(even, A8, S, tiles, 132, **drawn, **packing)
+            yield f"shrink_dropout[{index}] {name}"
+        for index, tiles in enumerate(table["rank_grad"] + table.get("rank_grad_masked", [])):
             for dropped in (None, mask):
                 rank_grad.rank_grad(tiles, 1, M, r, x=x, dS=S, dA=A, dY=dy, S=S, dB=B, mask=dropped)
                 yield f"rank_grad[{index}]{'' if dropped is None else ' dropout'} {name}"

@@ -98,10 +98,52 @@ def test_shrink_draws_the_specified_mask_and_applies_it(M, K, r, dtype, device):
         threshold=dropout.threshold(P),
         mask=bits.matrix,
     )
-    assert torch.equal(bits.matrix, dropout.packed_mask(seed, M, K, P))
+    drawn = dropout.unpack(bits.matrix, K)
+    assert torch.equal(drawn, dropout.keep_mask(seed, M, K, P))
     dropped = case.x * dropout.keep_mask(seed, M, K, P)
     assert_right(S.matrix[:, :r], lambda x, a: x @ a.t(), dropped, case.lora_A)
     bits.assert_rim_untouched()
+
+
+@pytest.mark.skipif("hopper" not in PATHS, reason="written in Gluon, for Hopper alone")
+@pytest.mark.parametrize("adapter_dtype", (BF16, FP32))
+@pytest.mark.parametrize("dtype", (BF16, FP16))
+@pytest.mark.parametrize(
+    ("M", "K", "r"), ((1, 72, 3), (33, 48, 200), (130, 504, 16), (7, 2056, 8), (300, 4096, 64))
+)
+def test_shrink_dropout_draws_the_specified_mask_and_applies_it(
+    M, K, r, dtype, adapter_dtype, device
+):
+    from fused_lora.kernels.shrink_dropout import shrink_dropout
+
+    case = make_case(M, 40, K, r, dtype, adapter_dtype=adapter_dtype, device=device)
+    seed, scaling = torch.tensor(-(2**62) + K, device=device), torch.tensor(0.5, device=device)
+    S = Output(M, padded_rank(r), dtype, device)
+    packed = case.lora_B.new_empty((40, padded_rank(r)), dtype=dtype)
+    bits = Output(M, dropout.packed_columns(K), torch.uint8, device)
+    shrink_dropout(
+        embedded(case.x),
+        case.lora_A,
+        S.matrix,
+        config.Shrink(32, 64, 4, 3, 64),
+        2,
+        seed=seed,
+        threshold=dropout.threshold(P),
+        mask=bits.matrix,
+        scale=3.0,
+        scaling=scaling,
+        source=case.lora_B,
+        packed=packed,
+    )
+    drawn = dropout.unpack(bits.matrix, K)
+    assert torch.equal(drawn, dropout.keep_mask(seed, M, K, P))
+    dropped = case.x * drawn
+    assert_right(S.matrix[:, :r], lambda x, a: 1.5 * x @ a.t(), dropped, case.lora_A.to(dtype))
+    assert torch.all(S.matrix[:, r:] == 0)
+    S.assert_rim_untouched()
+    bits.assert_rim_untouched()
+    assert torch.equal(packed[:, :r], case.lora_B.to(dtype))
+    assert torch.all(packed[:, r:] == 0)
 
 
 @pytest.mark.parametrize("programs", (1, 5))
@@ -145,10 +187,10 @@ def test_matmul(M, K, N, r, dtype, mode, device):
         elif mode == "masked":
             mask = dropout.packed_mask(torch.tensor(r, device=device), rows, columns, P)
             keep = dropout.unpack(mask, columns)
-            matmul(X, w, y.matrix, tiles, b=b, S=embedded(S), mask=mask, keep_scale=1 / (1 - P))
+            matmul(X, w, y.matrix, tiles, b=b, S=embedded(S), mask=mask)
             assert_right(
                 y.matrix,
-                lambda X, w, S, b, keep=keep: X @ w + (S @ b) * keep / (1 - P),
+                lambda X, w, S, b, keep=keep: X @ w + (S @ b) * keep,
                 *(X, w, S, b),
             )
         else:
@@ -216,11 +258,11 @@ def test_hopper_matmul(M, K, N, r, dtype, mode, pdl, width, device):
         else:
             mask = dropout.packed_mask(torch.tensor(r, device=device), rows, columns, P)
             keep = dropout.unpack(mask, columns)
-            masked = {"mask": mask, "keep_scale": 1 / (1 - P), "pdl": pdl}
+            masked = {"mask": mask, "pdl": pdl}
             hopper_matmul(X, w, y.matrix, tiles, 3, b=b, S=embedded(S), **masked)
             assert_right(
                 y.matrix,
-                lambda X, w, S, b, keep=keep: X @ w + (S[:, : b.shape[0]] @ b) * keep / (1 - P),
+                lambda X, w, S, b, keep=keep: X @ w + (S[:, : b.shape[0]] @ b) * keep,
                 *(X, w, S, b),
             )
         y.assert_rim_untouched()
@@ -242,7 +284,6 @@ def grads(case, tiles, splits, want, mask, device):
     arguments = {}
     if dA is not None:
         arguments |= {"x": x, "dS": dS, "dA": dA.matrix, "mask": mask}
-        arguments |= {"keep_scale": 1.0 if mask is None else 1 / (1 - P)}
     if dB is not None:
         arguments |= {"dY": dy, "S": S, "dB": dB.matrix}
     if splits > 1:
@@ -261,7 +302,7 @@ def test_rank_grad(M, K, N, r, dtype, want, splits, masked, device):
     tiles = config.RankGrad(tile(M), tile(min(K, N)), 4, 2)
     x, dS, dA, dy, S, dB = grads(case, tiles, splits, want, mask, device)
     if dA is not None:
-        keep = dropout.keep_mask(seed, M, K, P) / (1 - P) if masked else x.new_ones(1)
+        keep = dropout.keep_mask(seed, M, K, P) if masked else x.new_ones(1)
         assert_right(dA.matrix, lambda x, dS: dS.t() @ (x * keep).to(x.dtype), x, dS)
         dA.assert_rim_untouched()
     if dB is not None:

@@ -41,7 +41,7 @@ def results(layer, x, dy, autocast=None):
     leaves = {"dx": x}
     for name in layer.lora_A:
         leaves |= {f"d{name} A": layer.lora_A[name].weight, f"d{name} B": layer.lora_B[name].weight}
-    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
         y = layer(x, adapter_names=NAMES)
     grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -52,10 +52,12 @@ def results(layer, x, dy, autocast=None):
     ("dtype", "adapter_dtype", "autocast"),
     [(FP32, None, None), (BF16, BF16, None), (BF16, FP32, None), (FP32, FP32, BF16)],
 )
-def test_y_and_the_gradients_of_every_adapter_are_pefts(dtype, adapter_dtype, autocast, backend):
-    layer = lora_layer(three_adapters(dtype, adapter_dtype))
+def test_y_and_the_gradients_of_every_adapter_are_pefts(
+    dtype, adapter_dtype, autocast, backend, device
+):
+    layer = lora_layer(three_adapters(dtype, adapter_dtype)).to(device)
     computed = autocast or dtype
-    case = testing.make_case(7 * 3, FIRST[1], FIRST[0], 8, dtype)
+    case = testing.make_case(7 * 3, FIRST[1], FIRST[0], 8, dtype, device=device)
     x, dy = case.x.view(7, 3, -1), case.dy.view(7, 3, -1)
     exact = peft_copy(layer, dtype=computed).double()
     eager = peft_copy(layer, adapter_dtype=None if autocast else computed)

@@ -34,9 +34,9 @@ from fused_lora.kernels import rank_grad as grad
 from fused_lora.testing import make_case, violations_of
 
 if "hopper" in PATHS:
-    from fused_lora.kernels import matmul_hopper
-else:  # its language does not run here; the bugs below are skipped
-    matmul_hopper = None
+    from fused_lora.kernels import matmul_hopper, shrink_dropout
+else:  # their language does not run here; the bugs below are skipped
+    matmul_hopper = shrink_dropout = None
 
 TRITON = partial(lora_linear, backend="triton")
 LAUNCHERS = {
@@ -96,26 +96,16 @@ SHRINK_AND_PORTABLE = (
         "dy, weight, a, lora_A, dx",
         "dy, weight, a, lora_A * 0, dx",
     ),
-    Bug("S without the scale", triton_backend, "scale=scale.value * (1.0 ", "scale=(1.0 "),
+    Bug("S without the scale", triton_backend, "scale=scale.value,\n        scaling", "scaling"),
 )
 RANK_GRAD = (
-    Bug(
-        "dA zero",
-        grad,
-        "rows_per_split,\n                keep_scale,",
-        "rows_per_split,\n                0.0,",
-    ),
-    Bug(
-        "dB zero",
-        grad,
-        "rows_per_split,\n                1.0,",
-        "rows_per_split,\n                0.0,",
-    ),
+    Bug("dA zero", grad, "tile - tiles_B,\n                rows_per_split", "tile, 0"),
+    Bug("dB zero", grad, " tile,\n                rows_per_split", " tile, 0"),
     Bug(
         "dB's last row zero",
         grad,
-        "(acc * keep_scale)",
-        "(acc * keep_scale * (offs_c < C - 1)[:, None])",
+        "tl.store(out, acc.to",
+        "tl.store(out, (acc * (offs_c < C - 1)[:, None]).to",
     ),
     Bug(
         "last token dropped",
@@ -130,11 +120,12 @@ RANK_GRAD = (
 DROPPED = tuple(
     Bug(*bug, options={"dropout_p": 0.5})
     for bug in (
+        ("S without 1 / (1 - p)", triton_backend, "scale / (1.0 - dropout_p)", "scale"),
         (
-            "S without 1 / (1 - p)",
+            "dS without 1 / (1 - p)",
             triton_backend,
-            "(1.0 if draw is None else draw.keep_scale)",
-            "1.0",
+            "scale_value / (1.0 - dropout_p)",
+            "scale_value",
         ),
         ("S of what was dropped", shrink, "BLOCK_K) != 0, x", "BLOCK_K) == 0, x"),
         (
@@ -144,9 +135,7 @@ DROPPED = tuple(
             "                            packed ^ 255,",
         ),
         ("dX without the mask", matmul, "keep != 0", "keep < 2"),
-        ("dX without 1 / (1 - p)", matmul, "acc * keep_scale", "acc"),
         ("dA without the mask", grad, "keep != 0", "keep < 2"),
-        ("dA without 1 / (1 - p)", grad, "(acc * keep_scale)", "acc"),
     )
 )
 OTHER_PATHS = (
@@ -208,12 +197,25 @@ HOPPER = tuple(
         ("last K step dropped", "= gl.cdiv(K, BLOCK_K)", "= K // BLOCK_K", {}),
         ("adapter missing", "k = (step - main_steps) *", "k = (step - main_steps + 1) *", {}),
         ("bias twice", "acc += bias.to(gl.float32)", "acc += 2 * bias.to(gl.float32)", {}),
-        ("halves of y in one place", "column + PART, high)", "column, high)", {}),
+        ("parts of y in one place", "column + i * PART, part)", "column, part)", {}),
         ("dX without the mask", "keep != 0", "keep < 2", {"dropout_p": 0.5}),
-        ("dX without 1 / (1 - p)", "term * keep_scale", "term", {"dropout_p": 0.5}),
     )
 )
-BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS + HOPPER
+DRAWN = tuple(
+    Bug(name, shrink_dropout, old, new, "hopper", options={"dropout_p": 0.5})
+    for name, old, new in (
+        ("S of what was dropped", "words & ((pair", "words & ~((pair"),
+        ("mask stored wrong", "packed.to(gl.uint8)", "(packed ^ 255).to(gl.uint8)"),
+        ("another mask", "ROUNDS = gl.constexpr(7)", "ROUNDS = gl.constexpr(6)"),
+        (
+            "last columns missing",
+            "inside = (offs_m < M) & (vector * VECTOR < K)",
+            "inside = (offs_m < M) & (vector * VECTOR < K - 8)",
+        ),
+        ("B packed short", "mask=(row < rows) &", "mask=(row < rows - 1) &"),
+    )
+)
+BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS + HOPPER + DRAWN
 
 
 def plant(monkeypatch, folder, module, old, new):
@@ -228,8 +230,9 @@ def plant(monkeypatch, folder, module, old, new):
     spec.loader.exec_module(edited)
     if module is triton_backend:
         monkeypatch.setattr(ops, "triton_backend", edited)
-    elif module is matmul_hopper:  # imported where it is used
-        monkeypatch.setattr(module, "hopper_matmul", edited.hopper_matmul)
+    elif module in (matmul_hopper, shrink_dropout):  # imported where they are used
+        launcher = "hopper_matmul" if module is matmul_hopper else "shrink_dropout"
+        monkeypatch.setattr(module, launcher, getattr(edited, launcher))
     else:
         launcher = LAUNCHERS[module]
         monkeypatch.setattr(triton_backend, launcher, getattr(edited, launcher))

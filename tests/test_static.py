@@ -148,17 +148,19 @@ def test_the_hopper_matmul_is_of_full_width_and_has_neighbours(facts):
     assert cases and beside
     for case, found in {**cases, **beside}.items():
         width = found["config"]["BLOCK_N"]
-        widths = {f"64x{width}x16"} | ({f"64x{width // 2}x16"} if "dropout" in case else set())
+        widths = {f"64x{width}x16"} | ({"64x64x16"} if "dropout" in case else set())
         assert set(found["hgmma_widths"]) == widths, case
         assert found["hmma"] == found["async_copies"] == 0, case
     small = "r=16"
     shrinks = [f for case, f in facts.items() if "shrink_beside" in case and small in case]
     grads = [f for case, f in facts.items() if f"rank_grad[0] {small} behind" in case]
-    assert shrinks and grads
+    masked = [f for case, f in facts.items() if f"rank_grad[1] {small} dropout" in case]
+    assert shrinks and grads and masked
     for case, found in beside.items():
-        if "dropout" in case or ("forward" in case and small not in case):
+        if "forward" in case and small not in case:
             continue
-        for neighbour in shrinks if "forward" in case else [*shrinks, *grads]:
+        behind = [] if "forward" in case else masked if "dropout" in case else grads
+        for neighbour in [*shrinks, *behind]:
             both = (found, neighbour)
             assert sum(f["shared"] + RESERVED for f in both) <= SHARED_OF_AN_SM, case
             assert sum(registers(f) for f in both) <= REGISTERS_OF_AN_SM, case
