@@ -356,18 +356,19 @@ def _hopper(
 ) -> Product:
     """The path hopper: whether its matmul has the SMs for itself, or leaves room for a shrink that
     is small enough, and for rank_grad, to run beside it. Measured on an H100 (results/LOG.md)."""
-    device, _, M, _, _, r = sizes
+    device, _, M, _, K, r = sizes
     matmul, beside = select("matmul_hopper", *sizes), select("matmul_beside", *sizes)
     window = idle_shrink(matmul, *sizes)
     if dropout:
         shrink, programs = select("shrink_dropout", *sizes), 2 * device.sm_count
         matmul = beside if followed else matmul
     elif r <= MAX_BESIDE_RANK and (followed or window is None):
-        shrink, programs = _fastest_shrink("shrink_beside", device.sm_count, *sizes)
         matmul = beside
+        seconds = _tile_seconds(matmul, K)
+        shrink, programs = _shrink_in_time("shrink_beside", device.sm_count, seconds, *sizes)
     else:
-        shrink, programs = window or _fastest_shrink("shrink", device.sm_count, *sizes)
         matmul = beside if followed else matmul
+        shrink, programs = window or _shrink_in_time("shrink", device.sm_count, 0.0, *sizes)
     programs = min(programs, _cdiv(M, shrink.BLOCK_M))
     return Product("hopper", reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
@@ -386,9 +387,14 @@ def _path(
     if can["decode"]:
         few = _defaults("matmul_few", device, bits)
         tiles = max((_cdiv(N, c.BLOCK_N) for c in few), default=0)
-        if can["single"] and M > FEW_TOKENS and tiles > device.sm_count // 2:
-            return "single", f"M = {M} <= {MAX_DECODE[bits][0]} tokens, {tiles} narrow tiles"
-        return "decode", f"M = {M} <= {MAX_DECODE[bits][0]} tokens"
+        reason = f"M = {M} <= {MAX_DECODE[bits][0]} tokens"
+        if M <= FEW_TOKENS or tiles <= device.sm_count // 2:
+            return "decode", reason
+        # every narrow tile forms S anew: r columns beside its own
+        if can["single"] and r <= select("matmul_few", device, bits, M, N, K, r).BLOCK_N:
+            return "single", f"{reason}, {tiles} narrow tiles"
+        if not can["hopper"]:
+            return "decode", reason
     if can["hopper"]:
         return "hopper", "descriptors, shrink hidden behind or beside the matmul"
     if can["pdl"] and device.backend == "cuda":
@@ -405,26 +411,36 @@ def idle_shrink(
     (PDL) leaves idle in its last wave; None if it cannot do its work there in time.
 
     (-tiles) mod SMs are idle for one tile time: there shrink is free. One SM more would put off the
-    last wave: seen on an H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33. Model: a tile
-    runs at the GPU's 650 TFLOP/s / 132.
+    last wave: seen on an H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33.
     """
     idle = -_cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N) % device.sm_count
     if idle == 0:
         return None
-    shrink, programs = _fastest_shrink("shrink", idle, device, bits, M, N, K, r)
-    tile_seconds = 2 * matmul.BLOCK_M * matmul.BLOCK_N * K / (650e12 / 132)
-    if _shrink_seconds(shrink, idle, M, K, r) > tile_seconds:
+    seconds = _tile_seconds(matmul, K)
+    shrink, programs = _shrink_in_time("shrink", idle, seconds, device, bits, M, N, K, r)
+    if _shrink_seconds(shrink, idle, M, K, r) > seconds:
         return None
     return shrink, min(programs, _cdiv(M, shrink.BLOCK_M))
 
 
-def _fastest_shrink(
-    op: str, programs: int, device: Device, bits: int, M: int, N: int, K: int, r: int
+def _shrink_in_time(
+    op: str, sms: int, seconds: float, device: Device, bits: int, M: int, N: int, K: int, r: int
 ) -> tuple[Shrink, int]:
-    """The tiles of shrink that take the shortest on so many SMs, and programs for a rank block."""
-    candidates = _candidates(op, device, bits, M, N, K, r)
-    shrink = min(candidates, key=lambda c: _shrink_seconds(c, programs, M, K, r))
-    return shrink, max(1, programs // _cdiv(r, shrink.block_r(r)))
+    """The tiles of a shrink on so many SMs, and the programs for each of its rank blocks: those
+    that take the least of the SMs' time and are done within `seconds`, else the fastest."""
+
+    def cost(shrink: Shrink) -> tuple[float, float]:
+        took = _shrink_seconds(shrink, sms, M, K, r)
+        programs = min(sms, _cdiv(M, shrink.BLOCK_M) * _cdiv(r, shrink.block_r(r)))
+        return max(took, seconds), took * programs
+
+    shrink = min(_candidates(op, device, bits, M, N, K, r), key=cost)
+    return shrink, max(1, sms // _cdiv(r, shrink.block_r(r)))
+
+
+def _tile_seconds(matmul: Matmul, K: int) -> float:
+    """Model: a tile runs at the GPU's 650 TFLOP/s / 132."""
+    return 2 * matmul.BLOCK_M * matmul.BLOCK_N * K / (650e12 / 132)
 
 
 def _shrink_seconds(shrink: Shrink, programs: int, M: int, K: int, r: int) -> float:

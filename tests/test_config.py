@@ -69,6 +69,19 @@ def test_shrink_takes_the_idle_sms_of_the_last_wave_or_all():
     assert plan.shrink_programs == 64 and plan.shrink.BLOCK_M == 128
 
 
+def test_a_few_hundred_tokens_take_tiles_that_fill_the_device():
+    tiles = {M: choose(H100, M, 4096, 4096, 16).matmul for M in (128, 256, 512, 1024)}
+    sizes = {M: (t.BLOCK_M, t.BLOCK_N) for M, t in tiles.items()}
+    assert sizes == {128: (64, 64), 256: (64, 128), 512: (128, 128), 1024: (128, 256)}
+
+
+def test_shrink_takes_short_tiles_only_where_long_ones_would_be_late():
+    rows = {M: choose(H100, M, 4096, 4096, 16, followed=True).shrink.BLOCK_M for M in (128, 2048)}
+    assert rows == {128: 16, 2048: 64}
+    plan = choose(H100, 128, 4096, 4096, 64)  # four rank blocks of 16 each
+    assert plan.shrink.BLOCK_M == 16 and plan.shrink_programs == 8
+
+
 def test_drawing_a_mask_takes_every_sm():
     plan = choose(H100, 8192, 4096, 4096, 16, dropout=True)
     assert plan.path == "hopper" and plan.shrink_programs == 256
@@ -82,8 +95,10 @@ def test_few_tokens_take_one_decode_launch():
 
 
 def test_a_batch_of_tokens_takes_narrow_tiles_if_they_fill_the_device():
-    plan = choose(H100, 64, 4096, 4096, 64)
+    plan = choose(H100, 64, 4096, 4096, 16)
     assert plan.path == "single" and plan.matmul.BLOCK_N == 32
+    # which would form S anew twice as wide as they are
+    assert choose(H100, 64, 4096, 4096, 64).path == "hopper"
     assert choose(H100, 64, 14336, 4096, 16).matmul.BLOCK_N == 128
     assert choose(A100, 64, 4096, 4096, 16).path == "decode"
 
