@@ -9,24 +9,35 @@ import triton.language as tl
 
 
 @triton.jit
-def draw_bytes(seed, rows, first_byte, threshold, BYTES: tl.constexpr):
-    """Mask bytes [rows, BYTES] of columns 8 * first_byte onwards; bit j of a byte is column j."""
-    calls = first_byte + tl.arange(0, BYTES)
-    c0 = tl.broadcast_to(calls[None, :], (rows.shape[0], BYTES)).to(tl.uint32)
-    c1 = tl.broadcast_to(rows[:, None], (rows.shape[0], BYTES)).to(tl.uint32)
-    zero = tl.zeros_like(c0)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero, zero, n_rounds=7)
-    bits = _keep(w0, threshold) | (_keep(w1, threshold) << 2)
-    bits |= (_keep(w2, threshold) << 4) | (_keep(w3, threshold) << 6)
-    return bits.to(tl.uint8)
-
-
-@triton.jit
-def _keep(word, threshold):
-    """Two decisions of one 32-bit word: bit 0 from the low half, bit 1 from the high half."""
-    low = ((word & 0xFFFF) >= threshold).to(tl.uint32)
-    high = ((word >> 16) >= threshold).to(tl.uint32)
-    return low | (high << 1)
+def draw(seed, calls, rows, threshold):
+    """Mask bytes, in uint32, of rows and calls (columns 8 * call onwards), broadcast against each
+    other; bit j of a byte is column j. It serves in Gluon, too, which lacks some functions of
+    Triton's language: only operators here."""
+    c0 = calls.to(tl.uint32)
+    c1 = rows.to(tl.uint32)
+    zero = (c0 ^ c1) & 0
+    c0 |= zero
+    c1 |= zero
+    c2 = zero
+    c3 = zero
+    key_a = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key_b = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(7):
+        # one instruction for both halves of a product, unlike umulhi and a product
+        a = c0.to(tl.uint64) * 0xD2511F53
+        b = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (b >> 32).to(tl.uint32) ^ c1 ^ key_a
+        c1 = b.to(tl.uint32)
+        c2 = (a >> 32).to(tl.uint32) ^ c3 ^ key_b
+        c3 = a.to(tl.uint32)
+        key_a += 0x9E3779B9
+        key_b += 0xBB67AE85
+    # of each word first the low half, then the high one, compared where it stands
+    limit = threshold.to(tl.uint32) << 16
+    bits = ((c0 << 16) >= limit).to(tl.uint32) | ((c0 >= limit).to(tl.uint32) << 1)
+    bits |= (((c1 << 16) >= limit).to(tl.uint32) << 2) | ((c1 >= limit).to(tl.uint32) << 3)
+    bits |= (((c2 << 16) >= limit).to(tl.uint32) << 4) | ((c2 >= limit).to(tl.uint32) << 5)
+    return bits | (((c3 << 16) >= limit).to(tl.uint32) << 6) | ((c3 >= limit).to(tl.uint32) << 7)
 
 
 @triton.jit

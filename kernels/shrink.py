@@ -122,16 +122,15 @@ def shrink_kernel(
                 other=0.0,
             )
             if DROPOUT:
-                packed = dropout.draw_bytes(seed, offs_m, k // 8, threshold, BLOCK_K // 8)
+                calls = k // 8 + tl.arange(0, BLOCK_K // 8)
+                packed = dropout.draw(seed, calls[None, :], offs_m[:, None], threshold)
+                packed = packed.to(tl.uint8)
                 if STORE_MASK:
                     if pid_r == 0:
-                        offs_byte = k // 8 + tl.arange(0, BLOCK_K // 8)
                         tl.store(
-                            mask_ptr
-                            + offs_m.to(tl.int64)[:, None] * stride_mm
-                            + offs_byte[None, :],
+                            mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mm + calls[None, :],
                             packed,
-                            mask=(offs_m < M)[:, None] & (offs_byte * 8 < K)[None, :],
+                            mask=(offs_m < M)[:, None] & (calls * 8 < K)[None, :],
                         )
                 x = tl.where(dropout.expand(packed, BLOCK_M, BLOCK_K) != 0, x, 0.0).to(x.dtype)
             acc = add_product(acc, x, a.to(x.dtype), INPUT_PRECISION)

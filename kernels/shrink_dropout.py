@@ -11,52 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from fused_lora.kernels import dropout
 from fused_lora.kernels.launch import cdiv, launch
+
+draw = gluon.jit(dropout.draw.fn)
 
 VECTOR = gl.constexpr(8)  # columns a thread loads at once: one call of the generator, one byte
 WORDS = gl.constexpr(4)  # of a vector
 RANKS = gl.constexpr(16)  # of a tensor core's left operand
-ROUNDS = gl.constexpr(7)
 PACK = gl.constexpr(1024)  # elements of lora_B a program packs at once
-
-
-@gluon.jit
-def multiply_wide(a, b: gl.constexpr):
-    """The high and the low word of a 32 x 32 bit product."""
-    product = a.to(gl.uint64) * b
-    return (product >> 32).to(gl.uint32), product.to(gl.uint32)
-
-
-@gluon.jit
-def keep_bits(word, threshold):
-    """Two decisions of a word: bit 0 of its low half, bit 1 of its high half."""
-    low = ((word << 16) >= threshold).to(gl.uint32)
-    high = (word >= threshold).to(gl.uint32)
-    return low | (high << 1)
-
-
-@gluon.jit
-def draw(seed, calls, tokens, threshold):
-    """Bytes of the mask, as `fused_lora.dropout` draws them; the threshold stands in the high half
-    of its word."""
-    c0 = calls.to(gl.uint32)
-    c1 = tokens.to(gl.uint32)
-    c0, c1 = gl.broadcast(c0, c1)
-    c2 = gl.zeros_like(c0)
-    c3 = gl.zeros_like(c0)
-    key_a = (seed & 0xFFFFFFFF).to(gl.uint32)
-    key_b = ((seed >> 32) & 0xFFFFFFFF).to(gl.uint32)
-    for _ in gl.static_range(ROUNDS):
-        high_a, low_a = multiply_wide(c0, 0xD2511F53)
-        high_b, low_b = multiply_wide(c2, 0xCD9E8D57)
-        c0 = high_b ^ c1 ^ key_a
-        c1 = low_b
-        c2 = high_a ^ c3 ^ key_b
-        c3 = low_a
-        key_a += 0x9E3779B9
-        key_b += 0xBB67AE85
-    bits = keep_bits(c0, threshold) | (keep_bits(c1, threshold) << 2)
-    return bits | (keep_bits(c2, threshold) << 4) | (keep_bits(c3, threshold) << 6)
 
 
 @gluon.jit
@@ -288,7 +251,7 @@ def shrink_dropout(
             K,
             a.shape[0],
             S.shape[1],
-            threshold << 16,
+            threshold,
             *(source.shape if source is not None else (0, 0)),
             *(source.stride() if source is not None else (0, 0)),
             0 if packed is None else packed.shape[1],
