@@ -27,10 +27,10 @@ test: lint $(READY) $(OLD)/ready $(OLD_PEFT)/ready
 	PYTHONPATH=$(OLD_PEFT) $(PY) -m pytest -n $(JOBS) --dist loadfile -m "peft and not slow"
 
 test-gpu:
-	$(PYTHON) -m pytest -m "(gpu or kernels or peft) and not slow"
+	$(PYTHON) -m pytest -m "(gpu or device or kernels or peft) and not slow"
 
 test-gpu-slow:
-	$(PYTHON) -m pytest -m "(gpu or kernels) and slow"
+	$(PYTHON) -m pytest -m "(gpu or device or kernels) and slow"
 
 soak: $(READY)
 	$(PY) -m pytest tests/test_soak.py -m "slow or not slow"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -68,9 +69,10 @@ def _correct() -> dict[str, Part]:
     parts |= {f"compute-sanitizer {tool}": _sanitizer(tool) for tool in TOOLS}
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") else []
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        text = path.read_text()
-        if "mark.kernels" in text or ("mark.gpu" in text and path.name != "test_gpu.py"):
-            arguments = [f"tests/{path.name}", "-m", "(gpu or kernels) and not slow", *workers]
+        runs_here = re.search(r"mark\.(kernels|gpu)|\bdevice[,)]", path.read_text())
+        if runs_here and path.name != "test_gpu.py":
+            chosen = "(gpu or device or kernels) and not slow"
+            arguments = [f"tests/{path.name}", "-m", chosen, *workers]
             parts[path.name] = _pytest(arguments)
     return parts
 

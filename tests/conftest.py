@@ -32,7 +32,11 @@ def pytest_configure(config):
         torchao.is_torchao_available = lambda: False
 
 
+@pytest.hookimpl(tryfirst=True)  # before items are chosen by marker
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
     if not HAS_GPU:
         skip = pytest.mark.skip(reason="needs a CUDA GPU, there is none")
         for item in items:
