@@ -55,7 +55,8 @@ GRIDS: dict[str, tuple[Any, ...]] = {
     "shrink": tuple(
         config.Shrink(m, k, warps, stages)
         for m, k, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (3, 4, 5))
-    ),
+    )
+    + (config.Shrink(16, 128, 4, 4, 16), config.Shrink(16, 256, 4, 3, 16)),
     "matmul_descriptor": (
         *_matmuls(
             (128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 3, 2), (128, 256, 64, 8, 4, 2),
@@ -67,7 +68,7 @@ GRIDS: dict[str, tuple[Any, ...]] = {
     ),
     "matmul_hopper": _matmuls(
         (128, 256, 64, 8, 4, 2), (128, 256, 64, 8, 3, 1), (128, 128, 64, 8, 4, 2),
-        (128, 128, 64, 8, 5, 2),
+        (128, 128, 64, 8, 5, 2), (64, 128, 64, 4, 8, 2), (64, 64, 64, 4, 8, 1),
     ),
     "matmul_single": _matmuls(
         (128, 128, 64, 8, 3, 1), (128, 128, 64, 8, 4, 1), (64, 128, 64, 4, 3, 1),

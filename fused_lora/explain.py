@@ -119,13 +119,16 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
             followed=direction == "dX",
             addressable=addressable,
         )
-        lines.append(f"  {direction}: {_describe(plan)}")
+        lines.append(f"  {direction}: {_describe(plan, r)}")
     return "\n".join(lines)
 
 
-def _describe(plan: Any) -> str:
+def _describe(plan: Any, r: int) -> str:
     tiles = ", ".join(f"{k}={v}" for k, v in vars(plan.decode or plan.matmul).items())
-    shrink = f", shrink on {plan.shrink_programs} SMs" if plan.shrink else ""
+    shrink = ""
+    if plan.shrink:
+        programs = plan.shrink_programs * -(-r // plan.shrink.block_r(r))
+        shrink = f", shrink in {programs} programs"
     plural = "launch" if plan.launches == 1 else "launches"
     memset = " and a memset" if plan.memsets else ""
     return f"triton {plan.path}, {plan.launches} {plural}{memset}{shrink} ({plan.reason}); {tiles}"

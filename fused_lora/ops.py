@@ -138,8 +138,8 @@ def _forward(
     for_backward: bool,
 ) -> list[Tensor]:
     """[y [M, N]]; `for_backward` also S [M, padded r]; with dropout then also the packed mask
-    [M, ceil(K / 8)]. adapters: none, or the tensors of `scale.Adapters` where lora_A and lora_B
-    pack several."""
+    [M, dropout.packed_columns(K)]. adapters: none, or the tensors of `scale.Adapters` where lora_A
+    and lora_B pack several."""
     backend_module = backend_of(backend, x, weight.shape[0], lora_A.shape[0], weight)
     scale = Scale(scaling, scaling_tensor)
     pack = _checked(adapters)

@@ -130,6 +130,7 @@ def backward(
     dy = _unit_column_stride(dy)
     x = _unit_column_stride(x) if needs_A and x is not None else None
     S = S if needs_B else None
+    mask_bits = None if mask_bits is None else _readable_in_words(mask_bits)
     inputs = (
         *(dy, x, weight, lora_A, lora_B, S, mask_bits, scale.tensor),
         *(adapters or _ONE_ADAPTER),
@@ -605,6 +606,14 @@ def _precision(x: Tensor) -> str:
     if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+def _readable_in_words(bits: Tensor) -> Tensor:
+    """The mask itself unless a hook on saved tensors has laid it out anew, so that its rows do not
+    begin at 32-bit words: then a copy."""
+    if bits.stride(1) == 1 and bits.stride(0) % 4 == 0 and bits.data_ptr() % 4 == 0:
+        return bits
+    return bits.clone(memory_format=torch.contiguous_format)
 
 
 def _unit_column_stride(x: Tensor) -> Tensor:

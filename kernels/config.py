@@ -358,17 +358,16 @@ def _hopper(
     is small enough, and for rank_grad, to run beside it. Measured on an H100 (results/LOG.md)."""
     device, _, M, _, K, r = sizes
     matmul, beside = select("matmul_hopper", *sizes), select("matmul_beside", *sizes)
-    window = idle_shrink(matmul, *sizes)
     if dropout:
         shrink, programs = select("shrink_dropout", *sizes), 2 * device.sm_count
-        matmul = beside if followed else matmul
-    elif r <= MAX_BESIDE_RANK and (followed or window is None):
-        matmul = beside
-        seconds = _tile_seconds(matmul, K)
-        shrink, programs = _shrink_in_time("shrink_beside", device.sm_count, seconds, *sizes)
     else:
-        matmul = beside if followed else matmul
-        shrink, programs = window or _shrink_in_time("shrink", device.sm_count, 0.0, *sizes)
+        window = idle_shrink(matmul, *sizes)
+        if r <= MAX_BESIDE_RANK and (followed or window is None):
+            matmul, seconds = beside, _tile_seconds(matmul, K)
+            shrink, programs = _shrink_in_time("shrink_beside", device.sm_count, seconds, *sizes)
+        else:
+            matmul = beside if followed else matmul
+            shrink, programs = window or _shrink_in_time("shrink", device.sm_count, 0.0, *sizes)
     programs = min(programs, _cdiv(M, shrink.BLOCK_M))
     return Product("hopper", reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
@@ -447,7 +446,7 @@ def _shrink_seconds(shrink: Shrink, programs: int, M: int, K: int, r: int) -> fl
     """Model: an SM streams 100 GB/s, and a step takes at least the 0.25 us of its loads' latency
     (seen on an H100 in tiles of 16 and 128 rows)."""
     rounds = _cdiv(_cdiv(M, shrink.BLOCK_M) * _cdiv(r, shrink.block_r(r)), programs)
-    streaming = (shrink.BLOCK_M + _power_of_2(r)) * K * 2 / 100e9
+    streaming = (shrink.BLOCK_M + shrink.block_r(r)) * K * 2 / 100e9
     return rounds * max(streaming, _cdiv(K, shrink.BLOCK_K) * 0.25e-6)
 
 

@@ -264,8 +264,8 @@ def matmul_hopper_kernel(
     y[M, N] = x[M, K] w + mask * (s[M, r] b), mask holds bits of y's shape, r <= 64.
 
     w is stored [N, K] and b [N, r] when W_NK (forward), else [K, N] and [r, N] (dX). Grid: at most
-    one program an SM and no more than there are tiles. All 8 warps multiply and load: step
-    n + STAGES - 1 goes where step n - 1 has been. Gluon puts the barrier between a read that both
+    one program an SM and no more than there are tiles. All warps multiply and load: step
+    n + STAGES - 1 goes where step n - 1 has been. Gluon puts the barrier between a read that all
     warpgroups have finished and the next load.
     """
     HEIGHT: gl.constexpr = ROWS * gl.num_warps()

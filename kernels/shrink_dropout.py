@@ -75,8 +75,7 @@ def shrink_dropout_kernel(
     STAGES: gl.constexpr,
 ):
     """S[m, j] = scale * sum_k D(x)[m, k] A[j, k], as `shrink_kernel` with DROPOUT, which draws the
-    same mask. x [M, K] with unit column stride, K a
-    multiple of 8, S [M, columns].
+    same mask. x [M, K] with unit column stride, K a multiple of 8, A [r, K], S [M, columns].
 
     Grid (programs, rank blocks). Loads run STAGES steps ahead, in registers.
     """

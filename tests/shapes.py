@@ -66,9 +66,9 @@ MATMUL_COVER += tuple((*row, mode) for row in TWO_RANK_BLOCKS for mode in MODES[
 DESCRIPTOR_COVER = pairwise(  # S given or not, PDL or not, y in one part or two
     TOKENS, FEATURES, FEATURES, RANKS, (FP16, BF16), ("plain", "given"), (False, True), (1, 2)
 )
-HOPPER_COVER = pairwise(  # S given, and masked; PDL or not; width of a tile
+HOPPER_COVER = pairwise(  # S given, and masked; PDL or not; rows and columns of a tile
     *(TOKENS, FEATURES, FEATURES, RANKS, (FP16, BF16)),
-    *(("plain", "given", "masked"), (False, True), (128, 256)),
+    *(("plain", "given", "masked"), (False, True), ((128, 256), (128, 128), (64, 128), (64, 64))),
 )
 GRAD_COVER = pairwise(  # what is wanted, splits, masked or not
     TOKENS, FEATURES, FEATURES, RANKS, DTYPES, ("A", "B", "AB"), (1, 3), (False, True)

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from shapes import BF16, DTYPES, FP16, FP32, force_path
+from shapes import BF16, DTYPES, FP16, FP32, PATHS, force_path
 
 from fused_lora import FusedLoRALinear, dropout, lora_linear, reference
 from fused_lora.testing import check, eager_gradients, exact_gradients, gradients, make_case
@@ -116,7 +116,7 @@ def test_rows_columns_and_calls_are_independent(p, device):
 @kernels
 @pytest.mark.parametrize("p", P)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("path", ("portable", "pdl", "aten"))
+@pytest.mark.parametrize("path", (*(p for p in PATHS if p not in ("single", "decode")), "aten"))
 def test_forward_dx_and_da_use_the_mask_of_the_seed(path, dtype, p, monkeypatch, device):
     """Against the reference given the mask itself: right only if all three use it."""
     if path != "aten":
@@ -229,6 +229,34 @@ def test_a_checkpoint_recomputes_the_same_mask(use_reentrant, backend, device):
 
 
 @kernels
+def laid_out_anew(mask, shift, gap):
+    """The mask's values from another place on, in rows of another stride."""
+    rows, columns = mask.shape
+    room = mask.new_full((shift + rows * (columns + gap),), 255)
+    other = room[shift:].view(rows, columns + gap)[:, :columns]
+    return other.copy_(mask)
+
+
+@kernels
+@pytest.mark.parametrize(("shift", "gap"), ((0, 1), (1, 0), (2, 2)))
+@pytest.mark.parametrize("backend", LAYERS)
+def test_a_mask_that_a_hook_has_laid_out_anew_is_read_right(backend, shift, gap, device):
+    case = make_case(33, 50, 100, 5, FP32, device=device)
+    tensors = [t.requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)]
+    seed = torch.tensor(3, device=device)
+
+    def gradients_with(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = LAYERS[backend](*tensors, dropout_p=0.5, seed=seed)
+        return torch.autograd.grad(y, tensors, case.dy)
+
+    def pack(t):
+        return laid_out_anew(t, shift, gap) if t.dtype == torch.uint8 else t
+
+    for moved, kept in zip(gradients_with(pack), gradients_with(lambda t: t), strict=True):
+        assert torch.equal(moved, kept)
+
+
 @pytest.mark.parametrize("p", (0.0, 0.5))
 @pytest.mark.parametrize("backend", LAYERS)
 def test_dropout_saves_one_bit_an_element_of_x(backend, p, device):

@@ -125,7 +125,7 @@ def test_triton_lines_name_path_reason_and_tiles(device, path):
         assert line.startswith(f"  {direction}: triton single, 1 launch (forced by FUSED_LORA_PATH")
         assert "BLOCK_M=" in line and "num_warps=" in line
     path("portable")
-    assert "triton portable, 2 launches, shrink on " in explain(layer)
+    assert "triton portable, 2 launches, shrink in " in explain(layer)
     dropped = make(backend="triton", lora_dropout=0.5).to(device)
     path("single")  # which cannot draw a mask
     assert "triton single" not in explain(dropped)
@@ -139,7 +139,7 @@ def test_a_path_for_hopper_is_explained_where_there_is_none(monkeypatch):
     layer = make(backend="triton", dtype=torch.bfloat16)
     _, forward, dx = explain(layer).splitlines()
     for line in (forward, dx):
-        assert "triton hopper, 2 launches, shrink on " in line and "descriptors" in line
+        assert "triton hopper, 2 launches, shrink in " in line and "descriptors" in line
     assert "triton decode, 1 launch" in explain(layer, torch.empty(1, K, dtype=torch.bfloat16))
 
 

@@ -109,10 +109,13 @@ def test_shrink_draws_the_specified_mask_and_applies_it(M, K, r, dtype, device):
 @pytest.mark.parametrize("adapter_dtype", (BF16, FP32))
 @pytest.mark.parametrize("dtype", (BF16, FP16))
 @pytest.mark.parametrize(
+    "tiles", (config.Shrink(32, 64, 4, 3, 64), config.Shrink(32, 128, 4, 1, 64))
+)
+@pytest.mark.parametrize(
     ("M", "K", "r"), ((1, 72, 3), (33, 48, 200), (130, 504, 16), (7, 2056, 8), (300, 4096, 64))
 )
 def test_shrink_dropout_draws_the_specified_mask_and_applies_it(
-    M, K, r, dtype, adapter_dtype, device
+    M, K, r, tiles, dtype, adapter_dtype, device
 ):
     from fused_lora.kernels.shrink_dropout import shrink_dropout
 
@@ -125,7 +128,7 @@ def test_shrink_dropout_draws_the_specified_mask_and_applies_it(
         embedded(case.x),
         case.lora_A,
         S.matrix,
-        config.Shrink(32, 64, 4, 3, 64),
+        tiles,
         2,
         seed=seed,
         threshold=dropout.threshold(P),
@@ -234,8 +237,8 @@ def test_descriptor_matmul(M, K, N, r, dtype, mode, pdl, parts, device):
 
 
 @pytest.mark.skipif("hopper" not in PATHS, reason="written in Gluon, for Hopper alone")
-@pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "mode", "pdl", "width"), HOPPER_COVER)
-def test_hopper_matmul(M, K, N, r, dtype, mode, pdl, width, device):
+@pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "mode", "pdl", "size"), HOPPER_COVER)
+def test_hopper_matmul(M, K, N, r, dtype, mode, pdl, size, device):
     from fused_lora.kernels.matmul_hopper import hopper_matmul
 
     K, N = multiple_of_8(K), multiple_of_8(N)
@@ -243,7 +246,8 @@ def test_hopper_matmul(M, K, N, r, dtype, mode, pdl, width, device):
         if mode == "masked" and r > config.MAX_MASKED_RANK:
             continue
         rows, columns = M, w.shape[1]
-        S, tiles = s_of(X, a, padded_rank(r)), config.Matmul(128, width, 64, 8, 8, 3, 2)
+        S = s_of(X, a, padded_rank(r))
+        tiles = config.Matmul(*size, 64, 8, size[0] // 16, 3, 2 if size[1] > 64 else 1)
         if w.stride(1) != 1 and r % 8:  # lora_B as shrink packs it
             b = torch.nn.functional.pad(b, (0, 0, 0, padded_rank(r) - r)).t().contiguous().t()
         y = Output(rows, columns, dtype, device)
