@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from fused_lora import ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
 from fused_lora.functional import BACKENDS, autocasted, check_tensors, checked_options, run
 from fused_lora.linear import is_conv1d
@@ -21,6 +22,7 @@ def multi_lora_linear(
     adapter_ids: Tensor,
     bias: Tensor | None = None,
     *,
+    cu_tokens: Tensor | None = None,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     backend: str = "auto",
@@ -35,42 +37,39 @@ def multi_lora_linear(
         x, weight, bias, dropout_p, seed, backend: as in `fused_lora.lora_linear`.
         pack: the adapters. Its factors are differentiable; a column without tokens gets zero.
         adapter_ids: integers on x's device, `pack.id(name)` or -1 for the base alone; one per token
-            (x.shape[:-1]) or for what x's leading dimensions begin with: [B] for x [B, T, K].
+            (x.shape[:-1]) or for what x's leading dimensions begin with: [B] for x [B, T, K]; with
+            cu_tokens one per sequence, [S].
+        cu_tokens: [S + 1], integers on x's device, for sequences of different lengths one after the
+            other, as variable-length attention takes them: of x's tokens [M, K] those from
+            cu_tokens[i] up to cu_tokens[i + 1] have adapter_ids[i]. Tokens outside have none.
 
     Returns:
         [..., N] in x's dtype; under autocast in the autocast dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `lora_linear`; ValueError for ids of another shape
-        or device, and for ids that are not in the pack: on a CPU always, on a GPU only with
-        FUSED_LORA_CHECK_IDS=1 in the environment (it waits for the GPU). Unchecked they count
-        as -1.
+        or device, and for ids that are not in the pack and cu_tokens that do not rise from 0 to M
+        at most: on a CPU always, on a GPU only with FUSED_LORA_CHECK_IDS=1 in the environment (it
+        waits for the GPU). Unchecked such ids count as -1.
 
     Adapters are isolated from each other for finite values: zero times infinity is not zero, so an
     adapter that is not finite spoils its neighbours' tokens, which is why a pack refuses it.
     """
     x, autocast = autocasted(x)
     check_tensors(x, weight, pack.lora_A, pack.lora_B, bias, autocast)
-    ids = _ids_of_tokens(adapter_ids, x)
+    ids = _ids_of_tokens(adapter_ids, x, cu_tokens)
     options = checked_options(x, 1.0, dropout_p, seed, backend)
     return run(x, weight, pack.lora_A, pack.lora_B, bias, options, pack.for_tokens(ids))
 
 
-def _ids_of_tokens(adapter_ids: Tensor, x: Tensor) -> Tensor:
+def _ids_of_tokens(adapter_ids: Tensor, x: Tensor, cu_tokens: Tensor | None) -> Tensor:
     """int32 [M], contiguous."""
-    if not isinstance(adapter_ids, Tensor):
-        raise TypeError(
-            f"adapter_ids is a {type(adapter_ids).__name__}, expected a tensor of int32: pass "
-            "pack.ids([...])"
-        )
+    _check_integers("adapter_ids", adapter_ids, x, "pass pack.ids([...])")
     leading = x.shape[:-1]
+    if cu_tokens is not None:
+        leading = torch.Size((leading.numel(),))
+        adapter_ids = _ids_of_sequences(adapter_ids, cu_tokens, x)
     shape = adapter_ids.shape
-    if adapter_ids.is_floating_point() or adapter_ids.dtype == torch.bool:
-        raise TypeError(f"adapter_ids is {adapter_ids.dtype}, expected int32: pass pack.ids([...])")
-    if adapter_ids.device != x.device:
-        raise ValueError(
-            f"adapter_ids is on {adapter_ids.device}, x is on {x.device}: move them to one device"
-        )
     if leading[: len(shape)] != shape:
         raise ValueError(
             f"adapter_ids has shape {tuple(shape)}, expected one id per token {tuple(leading)} or "
@@ -80,6 +79,39 @@ def _ids_of_tokens(adapter_ids: Tensor, x: Tensor) -> Tensor:
         adapter_ids = adapter_ids.clamp(-2, 2**31 - 1)
     spread = adapter_ids.reshape((*shape, *(1,) * (len(leading) - len(shape)))).expand(leading)
     return spread.to(torch.int32).reshape(-1).contiguous()
+
+
+def _check_integers(name: str, given: Tensor, x: Tensor, remedy: str) -> None:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"{name} is a {type(given).__name__}, expected a tensor of int32: {remedy}")
+    if given.is_floating_point() or given.dtype == torch.bool:
+        raise TypeError(f"{name} is {given.dtype}, expected int32: {remedy}")
+    if given.device != x.device:
+        raise ValueError(
+            f"{name} is on {given.device}, x is on {x.device}: move them to one device"
+        )
+
+
+def _ids_of_sequences(adapter_ids: Tensor, cu_tokens: Tensor, x: Tensor) -> Tensor:
+    """The ids of x's tokens, [M], from those of sequences that lie one after the other."""
+    _check_integers("cu_tokens", cu_tokens, x, "pass the cumulative lengths, from 0 on")
+    if adapter_ids.dim() != 1 or cu_tokens.shape != (len(adapter_ids) + 1,):
+        raise ValueError(
+            f"with cu_tokens, adapter_ids has one id per sequence, [S], and cu_tokens is [S + 1]: "
+            f"got {tuple(adapter_ids.shape)} and {tuple(cu_tokens.shape)}"
+        )
+    tokens = x.shape[:-1].numel()
+    if ops.CHECK_IDS or (x.device.type == "cpu" and not torch.compiler.is_compiling()):
+        ends = torch.cat((cu_tokens, cu_tokens.new_full((1,), tokens)))
+        if cu_tokens[0] != 0 or (ends.diff() < 0).any():
+            raise ValueError(
+                f"cu_tokens must rise from 0 to at most x's {tokens} tokens: got "
+                f"{cu_tokens.tolist()}"
+            )
+    # behind the last sequence: an id of nobody
+    ids = torch.cat((adapter_ids, adapter_ids.new_full((1,), -1)))
+    positions = torch.arange(tokens, dtype=cu_tokens.dtype, device=x.device)
+    return ids[torch.searchsorted(cu_tokens, positions, right=True) - 1]
 
 
 class MultiLoRALinear(nn.Module):
@@ -182,13 +214,16 @@ class MultiLoRALinear(nn.Module):
             device=base.weight.device,
             dtype=adapter_dtype or base.weight.dtype,
         )
-        self._ids: Tensor | None = None
+        self._chosen: tuple[Tensor, Tensor | None] | None = None
 
-    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
-        """[..., in_features] -> [..., out_features]. adapter_ids as in `multi_lora_linear`; without
-        them, those of the `use_adapters` block the call is in. Raises RuntimeError outside one."""
-        ids = self._ids if adapter_ids is None else adapter_ids
-        if ids is None:
+    def forward(
+        self, x: Tensor, adapter_ids: Tensor | None = None, cu_tokens: Tensor | None = None
+    ) -> Tensor:
+        """[..., in_features] -> [..., out_features]. adapter_ids and cu_tokens as in
+        `multi_lora_linear`; without adapter_ids, those of the `use_adapters` block the call is in.
+        Raises RuntimeError outside one."""
+        chosen = self._chosen if adapter_ids is None else (adapter_ids, cu_tokens)
+        if chosen is None:
             raise RuntimeError(
                 "no adapter ids: call the model inside use_adapters(model, ids), or the layer with "
                 "adapter_ids"
@@ -197,8 +232,9 @@ class MultiLoRALinear(nn.Module):
             x,
             self._matrix(),
             self.pack,
-            ids,
+            chosen[0],
             self.bias,
+            cu_tokens=chosen[1],
             dropout_p=self.lora_dropout if self.training else 0.0,
             backend=self.backend,
         )
@@ -216,26 +252,29 @@ class MultiLoRALinear(nn.Module):
 
 
 @contextlib.contextmanager
-def use_adapters(model: nn.Module, ids: Tensor | Sequence[str | None]) -> Iterator[None]:
+def use_adapters(
+    model: nn.Module, ids: Tensor | Sequence[str | None], cu_tokens: Tensor | None = None
+) -> Iterator[None]:
     """Inside the block, the MultiLoRALinear layers of `model` take these adapters.
 
-    ids: as `adapter_ids` of `multi_lora_linear`, for packs that were filled alike, as `apply_lora`
-    and `load_adapter` fill them; or one name per sequence (None: base only), looked up in the pack
-    of each layer. So unchanged model code, a `forward` or `generate` of transformers, serves a
-    mixed batch; with beams, name each beam. Under activation checkpointing call backward inside
-    the block: it computes the forward pass again. Blocks nest; not thread-safe.
+    ids, cu_tokens: as `adapter_ids` and `cu_tokens` of `multi_lora_linear`, for packs that were
+    filled alike, as `apply_lora` and `load_adapter` fill them; or one name per sequence (None: base
+    only), looked up in the pack of each layer. So unchanged model code, a `forward` or `generate`
+    of transformers, serves a mixed batch; with beams, name each beam. Under activation
+    checkpointing call backward inside the block: it computes the forward pass again. Blocks nest;
+    not thread-safe.
 
     Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks.
     """
     layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
-    before = [layer._ids for layer in layers]
+    before = [layer._chosen for layer in layers]
     chosen = [ids if isinstance(ids, Tensor) else layer.pack.ids(ids) for layer in layers]
     try:
         for layer, layer_ids in zip(layers, chosen, strict=True):
-            layer._ids = layer_ids
+            layer._chosen = (layer_ids, cu_tokens)
         yield
     finally:
         for layer, earlier in zip(layers, before, strict=True):
-            layer._ids = earlier
+            layer._chosen = earlier

@@ -48,6 +48,11 @@ def test_the_block_chooses_the_adapters_and_blocks_nest():
             assert torch.equal(model(x), expected[1])
         mixed = model(x)
     assert torch.equal(mixed[:2], expected[0][:2]) and torch.equal(mixed[2], expected[2][2])
+    packed, ends = x.view(15, K), torch.tensor([0, 4, 15])
+    with use_adapters(model, ["1", None], cu_tokens=ends):
+        varlen = model(packed)
+    assert torch.equal(varlen[:4], expected[1].view(15, N)[:4])
+    assert torch.equal(varlen[4:], expected[2].view(15, N)[4:])
     with pytest.raises(RuntimeError, match="no adapter ids: call the model inside use_adapters"):
         model(x)
     with pytest.raises(KeyError, match="no adapter 'c'"), use_adapters(model, ["c"]):

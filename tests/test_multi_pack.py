@@ -192,6 +192,44 @@ def test_ids_of_a_wrong_shape_or_dtype_are_refused():
             multi_lora_linear(x, weight, pack, ids)
 
 
+@pytest.mark.parametrize("compiled", (False, True))
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("backend", ("triton", "aten"))
+def test_sequences_of_different_lengths_are_told_by_their_ends(backend, dtype, compiled, device):
+    if compiled and backend == "triton":
+        pytest.skip("the interpreter is not compiled")
+    ids = torch.tensor([1] * 3 + [-1] * 2 + [0] * 6 + [1] * 1 + [-1] * 2, dtype=torch.int32)
+    batch = make_batch(14, N, K, (8, 16), FP32, ids, device)
+    pack = make_pack(batch)
+    told = multi_lora_linear(batch.x, batch.weight, pack, batch.ids, backend=backend)
+    sequences = torch.tensor([1, -1, 0, 0, 1], dtype=dtype, device=device)
+    ends = torch.tensor([0, 3, 5, 5, 11, 12], dtype=dtype, device=device)  # two tokens of nobody
+    call = multi_lora_linear
+    if compiled:
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for x in (batch.x, batch.x.view(2, 7, K)):
+        y = call(x, batch.weight, pack, sequences, cu_tokens=ends, backend=backend)
+        assert torch.equal(y.view(14, N), told)
+
+
+def test_ends_of_sequences_that_do_not_fit_are_refused():
+    pack, (x, weight) = AdapterPack(K, N, total_rank=16), inputs(6)
+    pack.add("a", *factors(3))
+    for ends, error, message in (
+        ([0, 3, 6], TypeError, "cu_tokens is a list, expected a tensor of int32"),
+        (torch.tensor([0.0, 3.0, 6.0]), TypeError, "cu_tokens is torch.float32"),
+        (torch.tensor([0, 3]), ValueError, r"cu_tokens is \[S \+ 1\]: got \(2,\) and \(2,\)"),
+        (torch.tensor([0, 3, 7]), ValueError, r"to at most x's 6 tokens: got \[0, 3, 7\]"),
+        (torch.tensor([1, 3, 6]), ValueError, "must rise from 0"),
+        (torch.tensor([0, 4, 3]), ValueError, "must rise from 0"),
+        (torch.tensor([0, 3, 6], device="meta"), ValueError, "move them to one device"),
+    ):
+        with pytest.raises(error, match=message):
+            multi_lora_linear(x, weight, pack, torch.tensor([0, -1]), cu_tokens=ends)
+    with pytest.raises(ValueError, match=r"one id per sequence, \[S\]"):
+        multi_lora_linear(x, weight, pack, torch.zeros(6, 1).int(), cu_tokens=torch.tensor([0, 6]))
+
+
 def test_one_token_without_leading_dimensions_and_the_meta_device():
     pack, (x, weight) = AdapterPack(K, N, total_rank=16), inputs(6)
     pack.add("a", *factors(3))
