@@ -85,23 +85,12 @@ def _forward(
     y = tape.empty((M, weight.shape[0]))
     S = tape.empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
     mask = _new_mask(tape, M, K, dropout_p, seed)
+    scaled = Scale(scale / (1.0 - dropout_p), scaling)
     w, b = weight.t(), lora_B.t()
     pack = _pack(ids, owner, scalings, window)
     plan = _plan(x, w, lora_A, y, draw=mask)
     _adapted_product(
-        *(
-            tape,
-            plan,
-            x,
-            w,
-            lora_A,
-            b,
-            y,
-            S,
-            Scale(scale / (1.0 - dropout_p), scaling),
-            pack,
-            precision,
-        ),
+        *(tape, plan, x, w, lora_A, b, y, S, scaled, pack, precision),
         bias=bias,
         draw=mask,
     )

@@ -42,8 +42,8 @@ def draw(seed, calls, rows, threshold):
 
 @triton.jit
 def expand(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """[ROWS, COLUMNS / 8] bytes -> [ROWS, COLUMNS] of 0 and 1."""
-    shifts = tl.arange(0, 8).to(tl.uint8)
+    """[ROWS, COLUMNS / 8] bytes or [ROWS, COLUMNS / 32] words -> [ROWS, COLUMNS] of 0 and 1."""
+    shifts = tl.arange(0, COLUMNS // packed.shape[1]).to(packed.dtype)
     bits = (packed[:, :, None] >> shifts[None, None, :]) & 1
     return tl.reshape(bits, (ROWS, COLUMNS))
 
@@ -57,6 +57,4 @@ def load_keep(
     offs_word = column // 32 + tl.arange(0, COLS // 32)
     inside = (offs_m < M)[:, None] & (offs_word * 32 < columns)[None, :]
     rows = mask_ptr.to(tl.pointer_type(tl.int32)) + offs_m.to(tl.int64)[:, None] * (stride_mm // 4)
-    words = tl.load(rows + offs_word[None, :], mask=inside, other=0)
-    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
-    return tl.reshape(bits, (ROWS, COLS))
+    return expand(tl.load(rows + offs_word[None, :], mask=inside, other=0), ROWS, COLS)

@@ -137,7 +137,7 @@ def depth_of(columns):
 
 
 @gluon.constexpr_function
-def words_layout(columns, warps):
+def mask_layout(columns, warps):
     """Of [16 warps, columns / 32] words in the threads that have those rows of an accumulator: each
     has all words of two rows."""
     registers = [[0, 1 << i] for i in range((columns // 32).bit_length() - 1)] + [[8, 0]]
@@ -152,7 +152,7 @@ def words_layout(columns, warps):
 def mask_words(mask, row, column, COLUMNS: gl.constexpr):
     """The words of the dropout mask [rows of a tile, COLUMNS / 32] from this row and column on."""
     mask_ptr, stride_mm, M, N = mask
-    layout: gl.constexpr = words_layout(COLUMNS, gl.num_warps())
+    layout: gl.constexpr = mask_layout(COLUMNS, gl.num_warps())
     offs_m = row + gl.arange(0, ROWS * gl.num_warps(), gl.SliceLayout(1, layout))
     offs_word = column // 32 + gl.arange(0, COLUMNS // 32, gl.SliceLayout(0, layout))
     return gl.load(

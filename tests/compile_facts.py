@@ -343,10 +343,8 @@ def facts_of(target: str, only: str = "") -> dict:
         else GPUTarget("cuda", int(part[3:]), 32)
     )
     pending: list = []
-    modules = (
-        *(shrink, shrink_dropout, matmul, matmul_descriptor, matmul_hopper, rank_grad, decode),
-    )
-    for module in modules:
+    portable = (shrink, matmul, matmul_descriptor, rank_grad, decode)
+    for module in (*portable, matmul_hopper, shrink_dropout):
         module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
             (kernel, *arguments, pdl)
         )
