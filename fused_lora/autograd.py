@@ -3,6 +3,7 @@ done by the two operators of `ops`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K]. With `adapters`, the
     tensors of `scale.Adapters`, A and B pack several and S is zero outside of a token's own.
     options: those of `functional.checked_options`; in a tuple, as torch looks at every argument.
+    With `unpack`, W = unpack(weight, x's dtype), formed anew in each direction.
 
     Saved for backward: x (only for dA or dW), the original W, A and B (parameters, never a cast
-    copy), S [M, r] and, with dropout, one bit per element of x. Nothing of size M x N.
+    copy; a packed W packed), S [M, r] and, with dropout, one bit per element of x. Nothing of
+    size M x N.
     Only the gradients that are needed are computed. Differentiable once.
     """
 
@@ -32,12 +35,13 @@ class LoRALinearFunction(torch.autograd.Function):
         bias: Tensor | None,
         options: tuple[float, Tensor | None, float, Tensor | None, str],
         adapters: tuple[Tensor, ...],
+        unpack: Callable[[Tensor, torch.dtype], Tensor] | None,
     ) -> Tensor:
         scaling, scaling_tensor, dropout_p, seed, backend = options
         y, S, *mask = ops.call(
             ops.forward,
             x,
-            weight,
+            weight if unpack is None else unpack(weight, x.dtype),
             lora_A,
             lora_B,
             bias,
@@ -59,7 +63,7 @@ class LoRALinearFunction(torch.autograd.Function):
             scaling_tensor,
             *adapters,
         )
-        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.unpack = scaling, dropout_p, backend, unpack
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -72,7 +76,7 @@ class LoRALinearFunction(torch.autograd.Function):
             ops.backward,
             dy,
             x,
-            weight,
+            weight if ctx.unpack is None else ctx.unpack(weight, dy.dtype),
             lora_A,
             lora_B,
             S,
@@ -88,4 +92,4 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = [next(remaining) if needed else None for needed in needs]
         if grads[4] is not None:
             grads[4] = grads[4].to(ctx.bias_dtype)
-        return *grads, None, None
+        return *grads, None, None, None

@@ -66,7 +66,7 @@ def _explain_quantized(name: str, layer: LoRALayer, x: Tensor | None) -> str:
     backend = ops.resolve(layer.backend, rows, layer.out_features, layer.r)
     how = "the base's own product, then the adapter added to its output"
     if isinstance(layer, QuantizedLoRALinear) and layer.path(rows) == "dequantise":
-        how = "unpacked for the call, then as a plain base; one row without gradients: " + how
+        how = "unpacked for the call, then multiplied together with the adapter"
     return f"{title}\n  {how} ({backend})"
 
 

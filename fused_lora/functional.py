@@ -3,6 +3,8 @@ to the operators. Everything a user can get wrong is refused here, in words."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,9 +63,11 @@ def run(
     bias: Tensor | None,
     options: tuple,
     adapters: tuple[Tensor, ...] = (),
+    unpack: Callable[[Tensor, torch.dtype], Tensor] | None = None,
 ) -> Tensor:
     """The operator on checked arguments, recorded for backward where a gradient may be asked for.
-    options: what `checked_options` returns; adapters: those of a pack."""
+    options: what `checked_options` returns; adapters: those of a pack; unpack: (weight, dtype) ->
+    W [N, K], of a packed weight."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
@@ -73,13 +77,13 @@ def run(
         or (bias is not None and bias.requires_grad)
     )
     if wants_grad:
-        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, options, adapters)
+        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, options, adapters, unpack)
     else:
         scaling, scaling_tensor, dropout_p, seed, backend = options
         y = ops.call(
             ops.forward,
             rows,
-            weight,
+            weight if unpack is None else unpack(weight, x.dtype),
             lora_A,
             lora_B,
             bias,
@@ -91,7 +95,7 @@ def run(
             backend,
             False,
         )[0]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_B.shape[0])
 
 
 def autocasted(x: Tensor) -> tuple[Tensor, bool]:

@@ -8,20 +8,18 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fused_lora import ops
-from fused_lora.delta import hooked, lora_delta, may_write
-from fused_lora.functional import checked_options
+from fused_lora import four_bit
+from fused_lora.delta import lora_delta, may_write
 from fused_lora.layer import InitLoRA, LoRALayer
 
 
 class QuantizedLoRALinear(LoRALayer):
     """`base_layer(x) + scaling * (dropout(x) A^T) B^T`, by one of two paths:
 
-    * "dequantise", where bitsandbytes would unpack a 4-bit weight for the call anyway (more than
-      one row, or a gradient): W is unpacked once for forward and once for backward and meets the
-      adapter in the fused product, as in `FusedLoRALinear`. W's memory is the allocator's to reuse.
+    * "dequantise", where bitsandbytes would unpack a 4-bit weight for the call anyway (many tokens;
+      on a CPU any number): W is unpacked once for forward and once for backward and multiplied
+      together with the adapter, as in `FusedLoRALinear`. W's memory is the allocator's to reuse.
     * "delta" for every other base: its own forward, to whose output the adapter term is added
       without a temporary of that size (`lora_delta`), in that output's dtype.
 
@@ -103,50 +101,22 @@ class QuantizedLoRALinear(LoRALayer):
         self._require_adapters()
         if self.merged:
             return self.base_layer(x)
-        dropout_p = self.lora_dropout if self.training else 0.0
+        options: dict[str, Any] = {
+            "scaling": self.scaling,
+            "dropout_p": self.lora_dropout if self.training else 0.0,
+            "backend": self.backend,
+        }
         if self.path(x) == "dequantise":
-            return self._dequantise(x, dropout_p)
+            return four_bit.lora_linear_4bit(
+                x, self.base_layer, self.lora_A, self.lora_B, **options
+            )
         out = self.base_layer(x)
-        return lora_delta(
-            out,
-            x,
-            self.lora_A,
-            self.lora_B,
-            scaling=self.scaling,
-            dropout_p=dropout_p,
-            backend=self.backend,
-            in_place=may_write(self.base_layer, out),
-        )
+        in_place = may_write(self.base_layer, out)
+        return lora_delta(out, x, self.lora_A, self.lora_B, in_place=in_place, **options)
 
     def path(self, x: Tensor) -> Literal["dequantise", "delta"]:
         """Which path a call with `x` takes."""
-        bitsandbytes, base = sys.modules.get("bitsandbytes"), self.base_layer
-        if bitsandbytes is None or hooked(base):
-            return "delta"
-        linear = bitsandbytes.nn
-        if type(base) not in (linear.Linear4bit, linear.LinearNF4, linear.LinearFP4):
-            return "delta"
-        weight: Any = base.weight
-        state = weight.quant_state
-        if state is None or getattr(state, "packing_format_for_cpu", False):
-            return "delta"
-        autocast = torch.is_autocast_enabled(x.device.type)
-        computed_as_given = base.compute_dtype in (None, x.dtype) or autocast
-        product = x.numel() > self.in_features or (torch.is_grad_enabled() and x.requires_grad)
-        return "dequantise" if computed_as_given and product else "delta"
-
-    def _dequantise(self, x: Tensor, dropout_p: float) -> Tensor:
-        weight: Any = self.base_layer.weight
-        computed = x.to(self.base_layer.compute_dtype or x.dtype)  # type: ignore[arg-type]
-        scaling, _, p, seed, backend = checked_options(
-            computed, self.scaling, dropout_p, None, self.backend
-        )
-        rows = computed.reshape(-1, self.in_features)  # [M, K]
-        # inside of the Function grad mode is off: whether backward follows is known here
-        options = (scaling, p, seed, backend, torch.is_grad_enabled())
-        tensors = (rows, weight.data, weight.quant_state, self.lora_A, self.lora_B, self.bias)
-        y = _Dequantised.apply(*tensors, *options)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        return "dequantise" if four_bit.unpacks(self.base_layer, x) else "delta"
 
     def why_not_merge(self, requantise: bool = False) -> str | None:
         kind = quantization_of(self.base_layer)
@@ -231,72 +201,6 @@ class QuantizedLoRALinear(LoRALayer):
         # past nn.Module's attribute, which would register a kept base layer as a child
         object.__setattr__(self, "_base", base)
         object.__setattr__(self, "_let_go", let_go)
-
-
-class _Dequantised(torch.autograd.Function):
-    """y = x W^T + bias + S B^T as in `LoRALinearFunction`, of a 4-bit W that is unpacked for each
-    direction: what is saved for backward is the packed weight."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        packed: Tensor,
-        state: Any,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-        seed: Tensor | None,
-        backend: str,
-        differentiates: bool,
-    ) -> Tensor:
-        weight = _unpacked(packed, state, x.dtype)
-        cast_bias = None if bias is None else bias.to(x.dtype)
-        one_adapter: list[Tensor] = []
-        options = (scaling, None, dropout_p, seed, one_adapter, backend)
-        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        keep = differentiates and (needs_x or needs_A or needs_B)
-        given = (x, weight, lora_A, lora_B, cast_bias, *options, keep)
-        y, *kept = ops.call(ops.forward, *given)
-        S, *mask = kept or (None,)
-        ctx.save_for_backward(
-            x if needs_A else None,
-            packed,
-            lora_A,
-            lora_B,
-            S if needs_B else None,
-            mask[0] if mask else None,
-        )
-        ctx.state, ctx.options = state, (scaling, None, dropout_p)
-        ctx.backend, ctx.bias_dtype = backend, None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, packed, lora_A, lora_B, S, mask = ctx.saved_tensors
-        needs_x, needs_A, needs_B, needs_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4, 5))
-        weight = _unpacked(packed, ctx.state, dy.dtype)
-        needs = [needs_x, False, needs_A, needs_B, needs_bias]
-        computed = iter(
-            ops.call(
-                ops.backward,
-                *(dy, x, weight, lora_A, lora_B, S, mask, *ctx.options),
-                *([], needs, ctx.backend),
-            )
-        )
-        dx, dA, dB, dbias = (
-            next(computed) if needed else None for needed in (needs_x, needs_A, needs_B, needs_bias)
-        )
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        return dx, None, None, dA, dB, dbias, None, None, None, None, None
-
-
-def _unpacked(packed: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
-    functional = sys.modules["bitsandbytes"].functional
-    return functional.dequantize_4bit(packed, state).to(dtype)
 
 
 def quantization_of(module: nn.Module) -> str | None:

@@ -28,6 +28,7 @@ pytestmark = [
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KINDS = ("nf4", "int8", "torchao int8")
 BITSANDBYTES = KINDS[:2]
+PATH = {"nf4": "full", "int8": "delta", "torchao int8": "delta"}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 CASES = {
     "fp32": {},
@@ -75,7 +76,7 @@ def test_y_and_all_gradients_are_pefts(kind, case, backend, monkeypatch):
     exact = exact_results(layer, x, dy, autocast)
     fused.patch(layer, backend=backend)
     ours = results(layer, x, dy, autocast)
-    assert fused.call_counts(layer) == {"full": 0, "delta": 1, "peft": 0}
+    assert fused.call_counts(layer) == {"full": 0, "delta": 0, "peft": 0} | {PATH[kind]: 1}
     plain = results(peft_copy(layer), x, dy, autocast)
     assert {k: v.dtype for k, v in ours.items()} == {k: v.dtype for k, v in plain.items()}
     assert not testing.check(ours, expected, exact, computed)
@@ -117,7 +118,7 @@ def test_switching_copying_and_unpatching_keep_pefts_own_layer(kind):
         twins.append(pickle.loads(pickle.dumps(model)))
     for twin in twins:
         torch.testing.assert_close(twin(x), expected, **CLOSE)
-        assert fused.call_counts(twin) == {"full": 0, "delta": 2, "peft": 0}
+        assert fused.call_counts(twin)[PATH[kind]] == 2
     kept = lora_layer(model).forward
     fused.unpatch(model)
     assert type(lora_layer(model)) is plain
@@ -135,7 +136,7 @@ def test_enable_reaches_layers_over_quantised_bases(kind):
     assert all(type(lora_layer(model, name)) in fused._PLAIN for name in ("first", "second"))
     assert type(lora_layer(model_of(kind))) in fused._FUSED
     model(torch.randn(5, FIRST[0], requires_grad=True))
-    assert fused.call_counts(model)["delta"] == 2
+    assert fused.call_counts(model)[PATH[kind]] == 2
 
 
 @pytest.mark.parametrize("kind", BITSANDBYTES)
@@ -149,7 +150,7 @@ def test_hot_swaps_tensor_scaling_is_used_and_not_read(kind, monkeypatch):
     fused.patch(model)
     monkeypatch.setattr(torch.Tensor, "item", lambda self: pytest.fail("read on the host"))
     ours = results(layer, x, dy)
-    assert fused.call_counts(layer)["delta"] == 1
+    assert fused.call_counts(layer)[PATH[kind]] == 1
     for name in expected:
         torch.testing.assert_close(ours[name], expected[name], **CLOSE)
 
@@ -161,8 +162,23 @@ def test_an_output_that_autocast_would_widen_is_left_to_peft(kind):
     with torch.autocast("cpu", BF16):
         said = fused.explain(layer, torch.ones(5, FIRST[0], dtype=FP16))
         assert said.startswith("layer: peft (float16 x under autocast in bfloat16)")
-        assert "delta" in fused.explain(layer, torch.ones(5, FIRST[0]))
-        assert "aten in float32" in fused.explain(layer, torch.ones(5, FIRST[0]))
+        said = fused.explain(layer, torch.ones(5, FIRST[0]))
+        assert PATH[kind] in said
+        computed = {"nf4": "float16", "int8": "float32"}[kind]  # nf4 names what it computes in
+        assert f"aten in {computed}" in said
+
+
+def test_few_tokens_on_a_4_bit_base_take_its_own_product(monkeypatch):
+    from fused_lora import four_bit
+
+    layer = lora_layer(model_of("nf4"))
+    fused.patch(layer)
+    monkeypatch.setattr(four_bit, "least_tokens", lambda device: 5)
+    x = torch.randn(5, FIRST[0])
+    both = torch.cat([layer(x)[:4], layer(x[:4])])
+    assert fused.call_counts(layer) == {"full": 1, "delta": 1, "peft": 0}
+    torch.testing.assert_close(both[:4], both[4:], **CLOSE)
+    assert "full (Linear4bit base, unpacked for the call), aten in float32" in fused.explain(layer)
 
 
 def test_bitsandbytes_is_not_imported_where_peft_has_not(monkeypatch):

@@ -14,12 +14,13 @@ from quantized_layers import BASES, BITSANDBYTES, K, N, R, adapted, base_layer, 
 from torch import nn
 
 import fused_lora
-from fused_lora import load_adapter, reference, save_adapter, testing
+from fused_lora import four_bit, load_adapter, reference, save_adapter, testing
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-UNPACKED = "unpacked for the call, then as a plain base; one row without gradients: "
-PATHS = dict.fromkeys(BASES, "") | {"nf4": UNPACKED}
+UNPACKED = "unpacked for the call, then multiplied together with the adapter"
+HOW = dict.fromkeys(BASES, "the base's own product, then the adapter added to its output")
+HOW["nf4"] = UNPACKED
 
 
 @pytest.mark.parametrize("backend", ["aten", "triton"])
@@ -73,11 +74,12 @@ def test_both_paths_of_a_4_bit_base_meet_the_acceptance_rule(path, dtype, backen
     assert not testing.check(ours, *right, dtype)
 
 
-def test_the_weight_is_unpacked_where_bitsandbytes_would_unpack_it_too():
+def test_the_weight_is_unpacked_where_bitsandbytes_would_unpack_it_too(monkeypatch):
     model, base = adapted("nf4", torch.bfloat16)
     layer, x = model[0], inputs(dtype=torch.bfloat16)
-    assert layer.path(x) == "dequantise" and layer.path(x[:1]) == "delta"
-    assert layer.path(x[:1].requires_grad_()) == "dequantise"
+    assert layer.path(x) == layer.path(x[0]) == "dequantise"
+    monkeypatch.setattr(four_bit, "least_tokens", lambda device: 7)
+    assert layer.path(x) == "dequantise" and layer.path(x[:6]) == "delta"
     assert layer.path(x.float()) == "delta"  # the adapter is computed in x's dtype there
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.path(x.float()) == "dequantise"
@@ -89,6 +91,44 @@ def test_the_weight_is_unpacked_where_bitsandbytes_would_unpack_it_too():
     with torch.no_grad():
         layer.lora_B.zero_()
         assert torch.equal(layer(x), base(x))
+
+
+    monkeypatch.undo()
+    base._forward_hooks.clear()
+    assert layer.path(x) == "dequantise"
+    del base.weight.quant_state  # as under FSDP: the base finds it elsewhere
+    assert layer.path(x) == "delta"
+
+
+@pytest.mark.parametrize("capability, least", [((8, 0), 513), ((9, 0), 65), ((10, 0), 65)])
+def test_few_tokens_on_a_gpu_are_left_to_the_4_bit_product_of_bitsandbytes(
+    capability, least, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert four_bit.least_tokens(torch.device("cuda", 0)) == least
+    assert four_bit.least_tokens(torch.device("cpu")) == 1
+
+
+def test_the_weight_is_unpacked_in_the_dtype_asked_for_and_kept_packed():
+    _, base = adapted("nf4")
+    packed, state = base.weight.data, base.weight.quant_state
+    functional = importlib.import_module("bitsandbytes").functional
+    W = functional.dequantize_4bit(packed, state)
+    assert W.dtype == state.dtype == torch.float32
+    unpacked = four_bit._unpacked(state, packed, torch.bfloat16)
+    assert torch.equal(unpacked, W.bfloat16()) and state.dtype == torch.float32
+
+    model, _ = adapted("nf4")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(inputs().requires_grad_())
+    assert {t.dtype for t in saved if t.numel() >= N * K / 2} == {torch.uint8}
+
+
+def test_x_that_does_not_fit_is_refused_before_anything_is_unpacked():
+    model, _ = adapted("nf4")
+    with pytest.raises(ValueError, match=r"x has 128 features, weight expects in_features 64"):
+        model(torch.randn(4, 2 * K))
 
 
 @pytest.mark.parametrize("kind", BASES)
@@ -249,7 +289,7 @@ def test_explain_names_the_quantisation_and_the_path(kind):
     lines = fused_lora.explain(model).splitlines()
     assert lines == [
         f"0: 64 -> 48, r=3, on a quantised base ({quantization_of(base)})",
-        f"  {PATHS[kind]}the base's own product, then the adapter added to its output (aten)",
+        f"  {HOW[kind]} (aten)",
     ]
     assert repr(model[0]).startswith("QuantizedLoRALinear(\n  in_features=64, out_features=48,")
 

@@ -5,8 +5,9 @@ bases, by exact type) is exchanged, for a subclass with another `forward`. Param
 saving, merging and switching adapters stay PEFT's own code.
 Every call takes one of three paths, counted and explained:
 
-    full    base product and adapter in one fused layer: the base is a plain nn.Linear (or Conv1D);
-            with `adapter_names`, the adapter of each sample
+    full    base product and adapter in one fused layer: the base is a plain nn.Linear (or Conv1D),
+            with `adapter_names` the adapter of each sample, or a 4-bit layer of bitsandbytes
+            called with so many tokens that its weight is unpacked anyway
     delta   base_layer(x) runs as it is (quantised, hooked, of another class), and the adapter term
             is added to its output without a temporary of that size
     peft    PEFT's own forward, with the reason
@@ -31,6 +32,7 @@ from fused_lora import ops
 from fused_lora.adapter_pack import ids_of_samples, pack_for_call
 from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.explain import DEFAULT_TOKENS
+from fused_lora.four_bit import lora_linear_4bit, unpacks
 from fused_lora.functional import BACKENDS, lora_linear
 from fused_lora.multi import multi_lora_linear
 
@@ -88,6 +90,8 @@ class Fused:
             "dropout_p": dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0,
             "backend": state.backend,
         }
+        if route.path == FULL and type(base) not in FULL_BASES:
+            return lora_linear_4bit(x, base, lora_A, lora_B, **options)
         if route.path == FULL:
             return lora_linear(x, _weight(base), lora_A, lora_B, base.bias, **options)
         out = base(x)
@@ -245,6 +249,8 @@ def _explain_layer(layer: Any, x: Tensor | None) -> str:
     text = f"{route.path} ({route.reason})"
     if route.path != PEFT:
         dtype = x.dtype if layer.keeps_dtype else _compute_dtype(x)
+        if route.path == FULL:  # a 4-bit base says itself in what it computes
+            dtype = getattr(layer.base_layer, "compute_dtype", None) or dtype
         lora_A = layer.lora_A[route.adapters[0]].weight
         rows = x.reshape(-1, layer.in_features)[:1].to(dtype).expand(max(1, x[..., 0].numel()), -1)
         unable = ops.why_not_triton(rows)
@@ -287,6 +293,8 @@ def _route(
     if why is not None:
         return _Route(PEFT, why)
     why = _why_delta(base)
+    if why is not None and unpacks(base, x):
+        return _Route(FULL, f"{type(base).__name__} base, unpacked for the call", (name,))
     if why is not None:
         return _Route(DELTA, why, (name,))
     return _Route(FULL, f"{type(base).__name__} base", (name,))
