@@ -1,5 +1,5 @@
-"""4-bit base layers of bitsandbytes in the fused product: their weight is unpacked for the call, once
-forward and once backward, and multiplied together with the adapter. Works without bitsandbytes."""
+"""4-bit base layers of bitsandbytes in the fused product: their weight is unpacked for the call,
+forward and backward, and multiplied together with the adapter. Works without bitsandbytes."""
 
 from __future__ import annotations
 

@@ -92,7 +92,6 @@ def test_the_weight_is_unpacked_where_bitsandbytes_would_unpack_it_too(monkeypat
         layer.lora_B.zero_()
         assert torch.equal(layer(x), base(x))
 
-
     monkeypatch.undo()
     base._forward_hooks.clear()
     assert layer.path(x) == "dequantise"
