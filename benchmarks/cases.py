@@ -7,7 +7,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from results import BASELINES, FUSED, MERGED, MERGED_AGAIN, Case, Row
+from four_bit import NF4
+from results import BASELINES, FUSED, MERGED, MERGED_AGAIN, PLAIN, Case, Row
 
 MODES = ("fwd", "fwd+bwd")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -67,25 +68,29 @@ def add_case_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", type=_shapes, help='"MxKxN,..." instead of the matrix')
     parser.add_argument("--ranks", type=positive_list, help='"8,16,..." instead of the matrix')
     parser.add_argument("--modes", type=_modes, default=MODES, help=f"of {','.join(MODES)}")
+    parser.add_argument("--base", choices=(PLAIN, NF4), default=PLAIN, help="the frozen weight")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU"
     )
 
 
 def chosen_cases(args: argparse.Namespace, device_type: str) -> Plan:
-    """The cases the options ask for. Shapes given by hand or by --quick are all core."""
+    """The cases the options ask for. Shapes given by hand or by --quick are all core, and a
+    quantised base has no others."""
     dtype = args.dtype or ("bfloat16" if device_type == "cuda" else "float32")
     quick, full, core = (table[device_type] for table in (_QUICK, _FULL, _CORE))
 
     def cases(shapes: list[tuple[int, int, int]], ranks: tuple[int, ...]) -> list[Case]:
         return [
-            Case(mode, M, K, N, r, dtype)
+            Case(mode, M, K, N, r, dtype, args.base)
             for (M, K, N), r, mode in itertools.product(shapes, args.ranks or ranks, args.modes)
         ]
 
     if args.shapes or args.quick:
         return Plan(core=cases(args.shapes or quick.shapes(), quick.ranks), rest=[])
     first = cases(core.shapes(), core.ranks)
+    if args.base != PLAIN:
+        return Plan(core=first, rest=[])
     return Plan(
         core=first,
         rest=[case for case in cases(full.shapes(), full.ranks) if case not in first],

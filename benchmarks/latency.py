@@ -1,6 +1,7 @@
 """Times the fused LoRA layer against merged weights and every baseline a user could train with.
 
     python benchmarks/latency.py --quick
+    python benchmarks/latency.py --base nf4      on a 4-bit base of bitsandbytes
     python benchmarks/latency.py --multi         many adapters in one batch
 
 On a GPU the kernels are measured; without one the same program measures the aten path on the CPU
@@ -24,9 +25,10 @@ import roofline
 import torch
 from cases import add_case_options, chosen_cases, reduced_providers
 from checks import Judge, Verdict
+from four_bit import NF4
 from protocol import Budget, Samples
 from providers import Fused, Inputs, Provider, all_providers, everybody, random_inputs
-from results import BASE, MERGED, MERGED_AGAIN, Case, Row
+from results import BASE, MERGED, MERGED_AGAIN, PLAIN, Case, Row
 from roofline import Peaks
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -51,7 +53,7 @@ def measure_case(
     generator = torch.Generator(device).manual_seed(seed)
     judge = Judge(case, device, generator)
     first = random_inputs(case, device, generator)
-    count = protocol.input_sets(_operand_bytes(first), machine.cache_bytes(device))
+    count = protocol.input_sets(_operand_bytes(case, first), machine.cache_bytes(device))
     sets = [first, *(random_inputs(case, device, generator) for _ in range(count - 1))]
     verdicts, calls = {}, {}
     with torch.set_grad_enabled(case.mode != "fwd"):
@@ -86,7 +88,7 @@ def _row(
     seed: int,
 ) -> Row:
     shape = {"mode": case.mode, "M": case.M, "K": case.K, "N": case.N, "r": case.r}
-    row: dict[str, Any] = {**shape, "dtype": case.dtype, "provider": provider}
+    row: dict[str, Any] = {**shape, "dtype": case.dtype, "base": case.base, "provider": provider}
     if not verdict.ok:
         return Row(**row, ok=verdict.ok, note=verdict.note)
     mine, merged, again = (samples.get(name) for name in (provider, MERGED, MERGED_AGAIN))
@@ -115,9 +117,10 @@ def _row(
     )
 
 
-def _operand_bytes(inputs: Inputs) -> int:
+def _operand_bytes(case: Case, inputs: Inputs) -> int:
     """What even a forward without adapter reads."""
-    return inputs.x.nbytes + inputs.weight.nbytes
+    weight = inputs.weight
+    return inputs.x.nbytes + (weight.numel() // 2 if case.base == NF4 else weight.nbytes)
 
 
 class PlainProgress:
@@ -143,9 +146,9 @@ def progress_bar(total: int) -> Any:
     return tqdm(total=total, dynamic_ncols=True, file=sys.stderr, mininterval=interval)
 
 
-def selected(names: list[str]) -> list[Provider]:
+def selected(names: list[str], base: str) -> list[Provider]:
     """Fresh providers of these names; merged and its A/A twin are always measured."""
-    return [p for p in all_providers() if p.name in {*names, MERGED, MERGED_AGAIN}]
+    return [p for p in all_providers(base) if p.name in {*names, MERGED, MERGED_AGAIN}]
 
 
 def resume(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
@@ -172,8 +175,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    if args.multi and (args.providers or args.resume):
-        parser.error("--multi measures all its providers in one go: no --providers, no --resume")
+    if args.multi and (args.providers or args.resume or args.base == NF4):
+        parser.error(
+            "--multi measures all its providers in one go, on a plain base: no --providers, no "
+            "--resume, no --base"
+        )
     args.providers = args.providers.split(",") if args.providers else None
     unknown = set(args.providers or ()) - set(results.PROVIDERS)
     if unknown:
@@ -194,7 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(report.header(meta), flush=True)
         total = len(multi.cases(args, device.type))
         return multi.run(args, device, budget, meta, progress_bar(total))
-    path = args.resume or args.output / f"{machine.file_stem(device, meta['date'])}.json"
+    what = "latency" if args.base == PLAIN else f"latency-{args.base}"
+    path = args.resume or args.output / f"{machine.file_stem(device, meta['date'], what)}.json"
     rows: list[Row] = []
     if args.resume:
         meta, rows = resume(path, meta)
@@ -202,7 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(report.header(meta), flush=True)
     done = set(results.by_case(rows))
     todo = [case for case in plan.core + plan.rest if case not in done]
-    everyone = args.providers or everybody(device, meta["peak_dtype"])
+    everyone = args.providers or everybody(device, meta["peak_dtype"], args.base)
     progress = progress_bar(
         sum(len(everyone) + 1 for case in todo if case in plan.core)
         + sum(6 for case in todo if case not in plan.core)
@@ -211,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         names = everyone
         if case in plan.rest and not args.providers:
             names = reduced_providers(case, rows)
-        rows += measure_case(case, selected(names), device, budget, peaks, args.seed, progress)
+        rows += measure_case(
+            case, selected(names, case.base), device, budget, peaks, args.seed, progress
+        )
         results.save(path, meta, rows)
         progress.write("\n" + report.case_table(case, results.by_case(rows)[case]))
     progress.close()

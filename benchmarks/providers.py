@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import four_bit
 import results
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from results import Case
 from torch import Tensor, nn
 from torch._inductor import select_algorithm
 
-from fused_lora import FusedLoRALinear, explain
+from fused_lora import FusedLoRALinear, QuantizedLoRALinear, explain
 from fused_lora.testing import Case as Inputs
 
 SCALING = 2.0  # lora_alpha = 2 r
@@ -76,6 +77,14 @@ class Base(Provider):
     def build(self, inputs: Inputs) -> Layer:
         x = leaf(inputs.x)
         return Layer(lambda: F.linear(x, inputs.weight), {"dx": x})
+
+
+class FourBitBase(Base):
+    """bitsandbytes' 4-bit layer alone."""
+
+    def build(self, inputs: Inputs) -> Layer:
+        x, layer = leaf(inputs.x), four_bit.frozen_linear(inputs.weight)
+        return Layer(lambda: layer(x), {"dx": x})
 
 
 class Merged(Provider):
@@ -139,11 +148,15 @@ class Compiled(Function):
 
 
 class Peft(Provider):
-    """PEFT's own layer around an nn.Linear, adapters in the base's dtype or in fp32."""
+    """PEFT's own layer around an nn.Linear or a 4-bit layer, adapters in the base's dtype or in
+    fp32."""
 
-    def __init__(self, name: str, adapter_dtype: torch.dtype | None = None):
+    def __init__(
+        self, name: str, adapter_dtype: torch.dtype | None = None, base: str = results.PLAIN
+    ):
         self.name = name
         self.adapter_dtype = adapter_dtype
+        self.base = base
 
     def build(self, inputs: Inputs) -> Layer:
         try:
@@ -154,7 +167,11 @@ class Peft(Provider):
             raise Unavailable("the same as peft in this dtype")
         rank = inputs.lora_A.shape[0]
         config = LoraConfig(r=rank, lora_alpha=inputs.scaling * rank, target_modules=["0"])
-        layer = inject_adapter_in_model(config, nn.Sequential(frozen_linear(inputs.weight)))[0]
+        quantised = self.base == four_bit.NF4
+        frozen = (four_bit.frozen_linear if quantised else frozen_linear)(inputs.weight)
+        model = nn.Sequential(frozen)
+        model.is_loaded_in_4bit = quantised  # where PEFT looks for it
+        layer = inject_adapter_in_model(config, model)[0]
         dtype = self.adapter_dtype or inputs.weight.dtype
         layer.lora_A["default"].weight = nn.Parameter(inputs.lora_A.to(dtype))
         layer.lora_B["default"].weight = nn.Parameter(inputs.lora_B.to(dtype))
@@ -186,9 +203,44 @@ class Fused(Provider):
         return _module_layer(layer, inputs, layer.lora_A, layer.lora_B)
 
 
-def all_providers() -> list[Provider]:
+class FusedFourBit(Fused):
+    """This library's layer around bitsandbytes' 4-bit one, by the path it takes or by `delta`."""
+
+    def __init__(self, name: str, delta: bool = False):
+        super().__init__(name, backend="auto")
+        self.delta = delta
+
+    def build(self, inputs: Inputs) -> Layer:
+        rank = inputs.lora_A.shape[0]
+        layer = (_ByDelta if self.delta else QuantizedLoRALinear)(
+            four_bit.frozen_linear(inputs.weight),
+            r=rank,
+            lora_alpha=inputs.scaling * rank,
+            adapter_dtype=inputs.lora_A.dtype,
+        )
+        layer.lora_A, layer.lora_B = nn.Parameter(inputs.lora_A), nn.Parameter(inputs.lora_B)
+        self.explanation = "; ".join(map(str.strip, explain(layer, inputs.x).splitlines()[1:]))
+        return _module_layer(layer, inputs, layer.lora_A, layer.lora_B)
+
+
+class _ByDelta(QuantizedLoRALinear):
+    def path(self, x: Tensor):
+        return "delta"
+
+
+def all_providers(base: str = results.PLAIN) -> list[Provider]:
     """A fresh list of everybody, in the order of the table."""
     torch._dynamo.reset()
+    if base == four_bit.NF4:
+        return [
+            FourBitBase(),
+            Merged(),
+            Merged(results.MERGED_AGAIN),
+            Peft("peft", base=base),
+            Peft("peft (fp32 adapters)", torch.float32, base),
+            FusedFourBit(results.FUSED),
+            FusedFourBit(results.FUSED_DELTA, delta=True),
+        ]
     return [
         Base(),
         Merged(),
@@ -204,12 +256,12 @@ def all_providers() -> list[Provider]:
     ]
 
 
-def everybody(device: torch.device, dtype: str) -> list[str]:
+def everybody(device: torch.device, dtype: str, base: str = results.PLAIN) -> list[str]:
     """The names of those who are compared unless some are asked for: without the kernels on a
     CPU, and without fp32 adapters where that is what `peft` has."""
     absent = {results.FUSED_TUNED} if device.type == "cpu" else set()
     absent |= {"peft (fp32 adapters)"} if dtype == "float32" else set()
-    return [name for name in results.PROVIDERS if name not in absent]
+    return [provider.name for provider in all_providers(base) if provider.name not in absent]
 
 
 def random_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
@@ -221,9 +273,10 @@ def random_inputs(case: Case, device: torch.device, generator: torch.Generator) 
         values = torch.randn(rows, columns, device=device, generator=generator)
         return values.mul_(std).to(dtype)
 
+    x, weight = normal(case.M, case.K, 1.0), normal(case.N, case.K, case.K**-0.5)
     return Inputs(
-        x=normal(case.M, case.K, 1.0),
-        weight=normal(case.N, case.K, case.K**-0.5),
+        x=x,
+        weight=four_bit.representable(weight) if case.base == four_bit.NF4 else weight,
         lora_A=normal(case.r, case.K, case.K**-0.5),
         lora_B=normal(case.N, case.r, B_STD),
         bias=None,

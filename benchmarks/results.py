@@ -18,6 +18,8 @@ MERGED = "merged"
 MERGED_AGAIN = "merged (A/A)"
 FUSED = "fused"
 FUSED_TUNED = "fused (tuned)"
+FUSED_DELTA = "fused (delta)"
+PLAIN = "plain"
 BASELINES = (  # what a user could train with instead of the fused layer
     "eager3",
     "addmm",
@@ -26,7 +28,7 @@ BASELINES = (  # what a user could train with instead of the fused layer
     "peft",
     "peft (fp32 adapters)",
 )
-PROVIDERS = (BASE, MERGED, MERGED_AGAIN, *BASELINES, FUSED, FUSED_TUNED)
+PROVIDERS = (BASE, MERGED, MERGED_AGAIN, *BASELINES, FUSED, FUSED_TUNED, FUSED_DELTA)
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ class Case:
     N: int
     r: int
     dtype: str
+    base: str = PLAIN  # or how the frozen weight is quantised
 
     def __str__(self) -> str:
-        return f"{self.mode} {self.M}x{self.K}x{self.N} r={self.r} {self.dtype}"
+        base = "" if self.base == PLAIN else f" {self.base} base"
+        return f"{self.mode} {self.M}x{self.K}x{self.N} r={self.r} {self.dtype}{base}"
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,11 @@ class Row:
     rel_l2_vs_eager: float | None = None
     ok: bool | None = None
     note: str | None = None
+    base: str = PLAIN
 
     @property
     def case(self) -> Case:
-        return Case(self.mode, self.M, self.K, self.N, self.r, self.dtype)
+        return Case(self.mode, self.M, self.K, self.N, self.r, self.dtype, self.base)
 
 
 def by_case(rows: list[Row]) -> dict[Case, dict[str, Row]]:

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 # type -> fields of a row, of the meta data
 ROW_FIELDS = {
-    str: "mode dtype provider note",
+    str: "mode dtype base provider note",
     int: "M K N r samples launches",
     float: "p20_us p50_us p80_us vs_merged noise host_p50_us tflops pct_floor extra_mib rel_l2 "
     "rel_l2_vs_eager",
@@ -82,8 +82,9 @@ def run(tmp_path_factory):
     return SimpleNamespace(stdout=process.stdout, path=path, document=json.loads(path.read_text()))
 
 
-def measure(bench, providers, mode="fwd+bwd"):
-    case = bench.results.Case(mode, M=9, K=40, N=24, r=4, dtype="float32")
+def measure(bench, providers, mode="fwd+bwd", dtype="float32", **layer):
+    sizes = {"M": 9, "K": 40, "N": 24, "r": 4} | layer
+    case = bench.results.Case(mode, dtype=dtype, **sizes)
     providers = [bench.providers.Merged(), bench.providers.Merged("merged (A/A)"), *providers]
     budget = bench.protocol.Budget(seconds=0.0, min_samples=5, max_samples=5)
     peaks = bench.roofline.Peaks(gemm_tflops=0.1, copy_gbs=10.0)
@@ -150,6 +151,27 @@ def test_correct_providers_are_accepted_and_timed_in_both_modes(bench):
             assert rows[name].ok is True and rows[name].p50_us > 0, (mode, name, rows[name].note)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_on_a_4_bit_base_are_held_to_the_rule_on_a_weight_that_it_holds(bench, dtype):
+    pytest.importorskip("bitsandbytes", minversion="0.50", reason="needs the extra `quantized`")
+    chosen = bench.providers.all_providers("nf4")
+    sizes = {"K": 128, "N": 64, "base": "nf4"}
+    rows, _ = measure(
+        bench, [p for p in chosen if "merged" not in p.name], "fwd+bwd", dtype, **sizes
+    )
+    for name, measured in rows.items():
+        assert measured.ok is not False, (name, measured.note)
+        assert measured.ok or name.startswith("peft"), (name, measured.note)
+    assert rows["fused"].note.startswith("unpacked for the call")
+
+    class Unquantised(bench.providers.FourBitBase):
+        def build(self, inputs):
+            return super().build(dataclasses.replace(inputs, weight=1.01 * inputs.weight))
+
+    rows, _ = measure(bench, [Unquantised()], "fwd+bwd", dtype, **sizes)
+    assert rows["base"].ok is False
+
+
 def test_a_missing_library_or_compiler_is_reported_as_not_available(bench, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     monkeypatch.setattr("shutil.which", lambda *args, **kwargs: None)
@@ -213,9 +235,10 @@ def test_the_report_regenerates_the_printed_table_from_the_file(bench, run):
 def test_who_cannot_differ_is_compared_only_if_asked_for(bench):
     everybody = bench.providers.everybody
     cuda = torch.device("cuda")
-    assert everybody(cuda, "bfloat16") == list(bench.results.PROVIDERS)
-    left_out = set(bench.results.PROVIDERS) - set(everybody(CPU, "float32"))
-    assert left_out == {"fused (tuned)", "peft (fp32 adapters)"}
+    plain = list(bench.results.PROVIDERS[:-1])  # the last is for quantised bases
+    assert everybody(cuda, "bfloat16") == plain
+    assert set(plain) - set(everybody(CPU, "float32")) == {"fused (tuned)", "peft (fp32 adapters)"}
+    assert "fused (delta)" in everybody(CPU, "float32", "nf4")
 
 
 def test_the_readme_shows_the_report_of_the_file_it_names(bench):
@@ -276,6 +299,9 @@ def test_the_gpu_matrix_is_the_protocols(bench):
     plan = bench.cases.chosen_cases(bench.latency.parse_arguments([]), "cuda")
     assert len(plan.core) == 24
     assert len(set(plan.core) | set(plan.rest)) == len(plan.core) + len(plan.rest) == 7 * 6 * 4 * 2
+    packed = bench.cases.chosen_cases(bench.latency.parse_arguments(["--base", "nf4"]), "cuda")
+    assert not packed.rest and {case.base for case in packed.core} == {"nf4"}
+    assert [dataclasses.replace(case, base="plain") for case in packed.core] == plan.core
 
 
 def test_input_sets_exceed_the_cache_three_times(bench):
@@ -330,6 +356,7 @@ def test_an_unknown_provider_or_shape_is_refused_with_the_allowed_set(bench, cap
         (["--providers", "fast"], "merged (A/A)"),
         (["--shapes", "1x2"], "MxKxN"),
         (["--modes", "bwd"], "fwd,fwd+bwd"),
+        (["--base", "nf4", "--multi"], "on a plain base"),
     ):
         with pytest.raises(SystemExit):
             bench.latency.parse_arguments(arguments)
