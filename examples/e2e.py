@@ -429,7 +429,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cache", type=Path, default=data.default_cache(), help="downloads and runs go here"
     )
     parser.add_argument("--state", type=Path, help="where runs are kept (default: in the cache)")
-    parser.add_argument("--output", type=Path, help="JSON file of the results, a PNG beside it")
+    parser.add_argument(
+        "--output", type=data.new_file, help="JSON file of the results, a PNG beside it"
+    )
     parser.add_argument(
         "--parts",
         type=several(str),

@@ -274,7 +274,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=LOSS_TOLERANCE, default="float32", help="of the encoder")
     parser.add_argument("--backend", choices=["auto", "aten", "triton"], default="auto")
     parser.add_argument("--quick", action="store_true", help="at most 20 steps, 256 held out")
-    parser.add_argument("--output", type=Path, help="write the settings and results as JSON")
+    parser.add_argument(
+        "--output", type=data.new_file, help="write the settings and results as JSON"
+    )
     args = parser.parse_args(argv)
     if args.quick:
         args.steps = min(args.steps, 20)

@@ -248,7 +248,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=LOSS_TOLERANCE, default="float32", help="of the base")
     parser.add_argument("--backend", choices=["auto", "aten", "triton"], default="auto")
     parser.add_argument("--adapter", type=Path, help="keep the trained adapter in this folder")
-    parser.add_argument("--output", type=Path, help="write the settings and results as JSON")
+    parser.add_argument(
+        "--output", type=data.new_file, help="write the settings and results as JSON"
+    )
     args = parser.parse_args(argv)
     if min(args.steps, args.batch_size, args.held_out) < 1:
         parser.error("--steps, --batch-size and --held-out must be at least 1")

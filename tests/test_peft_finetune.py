@@ -125,6 +125,13 @@ def test_a_folder_without_the_files_is_refused(tmp_path, capsys):
     assert "lacks valid.txt, test.txt: give a folder that has them" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    for output, said in ((tmp_path, "is a folder"), (tmp_path / "no" / "a.json", "there is no")):
+        with pytest.raises(SystemExit):
+            example.parse_args(["--output", str(output)])
+        assert said in capsys.readouterr().err
+
+
 def test_the_model_is_downloaded_once_and_with_its_hash(tmp_path, monkeypatch):
     calls = []
 
