@@ -14,14 +14,15 @@ from cases import DROPOUT, DROPOUT_SEED
 from results import Case
 from torch import Tensor
 
-from fused_lora import lora_linear, triton_backend
+from fused_lora import lora_linear
 from fused_lora.kernels import config
-from fused_lora.kernels.decode import decode, workspace
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
-from fused_lora.scale import padded_rank
+from fused_lora.kernels.tape import Tape
+from fused_lora.product import adapted_product, device_of, precision_of
+from fused_lora.scale import Scale, padded_rank
 from fused_lora.testing import Case as Inputs
 
 Results = dict[str, Tensor]  # some of y, dx, dA, dB, S, dS
@@ -168,7 +169,7 @@ class Shrink(Directed):
 
 @dataclass(frozen=True)
 class Path(Directed):
-    """The whole Y = X W + (s X A^T) B by a plan, as `triton_backend` runs it."""
+    """The whole Y = X W + (s X A^T) B by a plan."""
 
     plan: config.Product
 
@@ -217,7 +218,7 @@ class _Counters:
         (M, K), (N, r) = i.x.shape, i.lora_B.shape
         counts = tile_counts(K, N, r, tiles, True, True)
         slots = sum(counts[:2]) * counts[2]
-        self.splits = config.rank_grad_splits(triton_backend._device(i.x.device), slots, M, tiles)
+        self.splits = config.rank_grad_splits(device_of(i.x.device), slots, M, tiles)
         self.partial = self.tensor = None
         if self.splits > 1:
             elements = partial_elements(counts, self.splits, r, tiles)
@@ -307,7 +308,6 @@ def _matmul(
     *,
     b: Tensor | None,
     S: Tensor | None,
-    pdl: bool = False,
 ) -> None:
     if op == "matmul":
         matmul(x, w, y, tiles, b=b, S=S)
@@ -317,7 +317,7 @@ def _matmul(
         from fused_lora.kernels.matmul_hopper import hopper_matmul
 
         run = hopper_matmul
-    run(x, w, y, tiles, triton_backend._device(x.device).sm_count, b=b, S=S, pdl=pdl)
+    run(x, w, y, tiles, device_of(x.device).sm_count, b=b, S=S)
 
 
 def _run(
@@ -328,46 +328,10 @@ def _run(
     counters: Tensor | None = None,
 ) -> Tensor:
     """y of a plan. S to write to and counters to zero may be given where it has a shrink."""
-    M, r = s.x.shape[0], s.a.shape[0]
     y = s.new_result()
-
-    def zeros(count: int) -> Tensor:
-        return s.x.new_zeros(count, dtype=torch.int32)
-
-    if plan.path == "decode":
-        assert plan.decode is not None
-        sizes = workspace(M, y.shape[1], r, plan.decode)
-        split = plan.decode.SPLITS > 1
-        partial, partial_s = (
-            s.x.new_empty(size, dtype=torch.float32) if split else None for size in sizes[:2]
-        )
-        decode(
-            s.x,
-            s.w,
-            s.a,
-            s.b,
-            y,
-            plan.decode,
-            scale=scaling,
-            partial=partial,
-            partial_s=partial_s,
-            counters=zeros(sizes[2]) if split else None,
-        )
-        return y
-    assert plan.matmul is not None
-    if plan.path == "single":
-        matmul(s.x, s.w, y, plan.matmul, a=s.a, b=s.b, scale=scaling, single=True)
-        return y
-    if S is None:
-        S = s.x.new_empty((M, padded_rank(r)))
-    assert plan.shrink is not None
-    pdl = plan.path in ("pdl", "hopper")
-    shrink(
-        *(s.x, s.a, S, plan.shrink, plan.shrink_programs),
-        scale=scaling,
-        counters=counters,
-        trigger=pdl,
+    tape = Tape([s.x])  # which nobody plays: it only allocates
+    operands = (s.x, s.w, s.a, s.b, y, S)
+    adapted_product(
+        *(tape, plan, *operands, Scale(scaling, None), None, precision_of(s.x)), counters=counters
     )
-    op = {"hopper": "matmul_hopper", "pdl": "matmul_descriptor"}.get(plan.path, "matmul")
-    _matmul(op, s.x, s.w, y, plan.matmul, b=s.b, S=S, pdl=pdl)
     return y

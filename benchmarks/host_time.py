@@ -53,7 +53,7 @@ def use_stub() -> None:
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver
 
-    from fused_lora import ops, triton_backend
+    from fused_lora import ops
     from fused_lora.kernels import config
 
     class StubDriver(CudaDriver):
@@ -70,7 +70,7 @@ def use_stub() -> None:
 
     driver.set_active(StubDriver())
     h100 = config.Device("stub", "cuda", 90, 132)
-    triton_backend._device = lambda device: h100
+    config.device_of = lambda index: h100
     ops.why_not_triton = lambda x: None
 
 

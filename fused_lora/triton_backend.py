@@ -1,26 +1,26 @@
-"""Forward and backward over the Triton kernels: allocates, asks `kernels.config`, launches.
-Imported by `ops` alone, and only where triton can be imported.
-
-Forward and dX are one computation, Y = X W + (scale * D(X) A^T) B, with other operands:
-y takes (x, weight^T, lora_A, lora_B^T), dX takes (dY, weight, lora_B^T, lora_A).
-"""
+"""Forward and backward over the Triton kernels: allocates, plans and launches, once for all calls
+of the same facts (`tape.play`). Imported by `ops` alone, and only where triton can be imported."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_lora import dropout
 from fused_lora.kernels import config
-from fused_lora.kernels.decode import decode, workspace
-from fused_lora.kernels.launch import describable
-from fused_lora.kernels.matmul import matmul
-from fused_lora.kernels.matmul_descriptor import descriptor_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
-from fused_lora.kernels.shrink import shrink
 from fused_lora.kernels.tape import INTERPRETING, Tape, play
+from fused_lora.product import (
+    Mask,
+    adapted_product,
+    adapter_alone,
+    bits_of,
+    device_of,
+    new_mask,
+    plan_for,
+    plan_product,
+    precision_of,
+    shrink_alone,
+)
 from fused_lora.scale import Adapters, Scale, padded_rank
 
 __all__ = [
@@ -32,15 +32,6 @@ __all__ = [
     "forward",
     "plan_product",
 ]
-
-
-class Mask(NamedTuple):
-    """Dropout of one call: its bits, drawn by shrink from `seed` in forward. What is kept is scaled
-    by 1 / (1 - p), a factor that S and dS carry."""
-
-    bits: Tensor  # uint8 [M, dropout.packed_columns(K)]
-    p: float
-    seed: Tensor | None = None
 
 
 def forward(
@@ -58,7 +49,7 @@ def forward(
     """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
     x = _unit_column_stride(x)
     inputs = (x, weight, lora_A, lora_B, bias, scale.tensor, seed, *(adapters or _ONE_ADAPTER))
-    options = (config.PATH, _precision(x), scale.value, dropout_p, for_backward)
+    options = (config.PATH, precision_of(x), scale.value, dropout_p, for_backward)
     return play(_forward, inputs, options)
 
 
@@ -84,12 +75,12 @@ def _forward(
     M, K = x.shape
     y = tape.empty((M, weight.shape[0]))
     S = tape.empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
-    mask = _new_mask(tape, M, K, dropout_p, seed)
+    mask = new_mask(tape, M, K, dropout_p, seed)
     scaled = Scale(scale / (1.0 - dropout_p), scaling)
     w, b = weight.t(), lora_B.t()
     pack = _pack(ids, owner, scalings, window)
-    plan = _plan(x, w, lora_A, y, draw=mask)
-    _adapted_product(
+    plan = plan_for(x, w, lora_A, y, draw=mask)
+    adapted_product(
         *(tape, plan, x, w, lora_A, b, y, S, scaled, pack, precision),
         bias=bias,
         draw=mask,
@@ -125,7 +116,7 @@ def backward(
         *(adapters or _ONE_ADAPTER),
     )
     options = (
-        *(config.PATH, _precision(dy), scale.value, dropout_p),
+        *(config.PATH, precision_of(dy), scale.value, dropout_p),
         *(needs_x, needs_A, needs_B),
     )
     return play(_backward, inputs, options)
@@ -155,7 +146,7 @@ def _backward(
 ) -> list[Tensor | None]:
     M = dy.shape[0]
     N, (r, K) = lora_B.shape[0], lora_A.shape
-    device = _device(dy.device)
+    device = device_of(dy.device)
     scale = Scale(scale_value / (1.0 - dropout_p), scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
@@ -168,13 +159,13 @@ def _backward(
     dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     plan = None
     if dx is not None and weight is not None:
-        plan = _plan(dy, weight, a, dx, masked=mask, followed=needs_A or needs_B)
+        plan = plan_for(dy, weight, a, dx, masked=mask, followed=needs_A or needs_B)
     shrinks = plan.launches == 2 if plan is not None else dS is not None
 
     partial = counters = None
     if needs_A or needs_B:
         masked = mask is not None and needs_A
-        tiles = config.rank_grad_tiles(device, _bits(dy), M, N, K, r, masked)
+        tiles = config.rank_grad_tiles(device, bits_of(dy), M, N, K, r, masked)
         counts = tile_counts(K, N, r, tiles, needs_A, needs_B)
         splits = config.rank_grad_splits(device, sum(counts[:2]) * counts[2], M, tiles)
         if splits > 1:
@@ -185,26 +176,16 @@ def _backward(
 
     if plan is not None:
         assert weight is not None and dx is not None
-        _adapted_product(
+        adapted_product(
             *(tape, plan, dy, weight, a, lora_A, dx, dS, scale, pack, precision),
             masked=mask,
             counters=counters if shrinks else None,
         )
     elif dS is not None:
-        _shrink_only(dy, a, dS, scale, pack, precision, counters=counters)
+        shrink_alone(dy, a, dS, scale, pack, precision, counters=counters)
     if apart:
-        assert dx is not None
-        matmul(  # a main product without terms
-            dy[:, :0],
-            dx[:0],
-            dx,
-            config.select("matmul", device, _bits(dy), M, K, N, r),
-            b=lora_A,
-            S=dS,
-            mask=None if mask is None else mask.bits,
-            adapters=pack,
-            input_precision=precision,
-        )
+        assert dx is not None and dS is not None
+        adapter_alone(dy, lora_A, dx, dS, pack, precision, masked=mask)
 
     if needs_A or needs_B:
         rank_grad(
@@ -243,7 +224,7 @@ def add_adapter(
     y once. Returns what `forward` returns beside y."""
     x = _unit_column_stride(x)
     inputs = (x, lora_A, scale.tensor, seed, *(adapters or _ONE_ADAPTER))
-    kept = play(_term, inputs, (_precision(x), scale.value, dropout_p))
+    kept = play(_term, inputs, (precision_of(x), scale.value, dropout_p))
     y.addmm_(kept[0][:, : lora_A.shape[0]], lora_B.to(y.dtype).t())
     return kept if for_backward else []
 
@@ -266,9 +247,9 @@ def _term(
     M, K = x.shape
     S = tape.empty((M, padded_rank(lora_A.shape[0])))
     pack = _pack(ids, owner, scalings, window)
-    mask = _new_mask(tape, M, K, dropout_p, seed)
+    mask = new_mask(tape, M, K, dropout_p, seed)
     scaled = Scale(scale / (1.0 - dropout_p), scaling)
-    _shrink_only(x, lora_A, S, scaled, pack, precision, draw=mask)
+    shrink_alone(x, lora_A, S, scaled, pack, precision, draw=mask)
     return [S] if mask is None else [S, mask.bits]
 
 
@@ -293,13 +274,6 @@ def adapter_gradients(
     )
 
 
-def _new_mask(tape: Tape, M: int, K: int, dropout_p: float, seed: Tensor | None) -> Mask | None:
-    """Room for the mask that a shrink draws, None without dropout."""
-    if dropout_p == 0.0:
-        return None
-    return Mask(tape.empty((M, dropout.packed_columns(K)), torch.uint8), dropout_p, seed)
-
-
 _ONE_ADAPTER = (None, None, None, None)
 
 
@@ -315,286 +289,7 @@ def _pack(
 def choose_backend(x: Tensor, N: int, r: int) -> str:
     """ "triton" or "aten" for a layer input x [M, K] on a GPU, with N outputs and rank r."""
     device = config.device_of(x.get_device())
-    return config.choose_backend(device, _bits(x), x.shape[0], N, x.shape[1], r)
-
-
-def plan_product(
-    device: torch.device,
-    dtype: torch.dtype,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    *,
-    drawn: bool,
-    masked: bool,
-    followed: bool,
-    addressable: bool,
-) -> config.Product:
-    """How Y [M, N] = X [M, K] W + S B runs. drawn: X is dropped before the adapter; masked: the
-    adapter term is masked; followed: rank_grad runs next; addressable: X, W and Y by tensor
-    descriptors."""
-    return config.choose_product(
-        _device(device),
-        8 * dtype.itemsize,
-        M,
-        N,
-        K,
-        r,
-        dropout=drawn,
-        masked_output=masked,
-        followed=followed,
-        describable=addressable,
-    )
-
-
-def _plan(
-    x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    y: Tensor,
-    *,
-    draw: Mask | None = None,
-    masked: Mask | None = None,
-    followed: bool = False,
-) -> config.Product:
-    """How `_adapted_product` runs on these operands."""
-    transposed = w.stride(1) != 1
-    addressable = describable(x) and describable(y) and 1 in w.stride()
-    stored_w = _stored(w, transposed)
-    if w.dtype == x.dtype:
-        addressable = addressable and describable(stored_w)
-    else:  # autocast: the copy that is made of it has rows of exactly its width
-        addressable = addressable and stored_w.shape[1] * x.element_size() % 16 == 0
-    M, K = x.shape
-    return plan_product(
-        x.device,
-        x.dtype,
-        M,
-        w.shape[1],
-        K,
-        a.shape[0],
-        drawn=draw is not None,
-        masked=masked is not None,
-        followed=followed,
-        addressable=addressable,
-    )
-
-
-def _adapted_product(
-    tape: Tape,
-    plan: config.Product,
-    x: Tensor,
-    w: Tensor,
-    a: Tensor,
-    b: Tensor,
-    y: Tensor,
-    S: Tensor | None,
-    scale: Scale,
-    pack: Adapters | None,
-    precision: str,
-    *,
-    bias: Tensor | None = None,
-    draw: Mask | None = None,
-    masked: Mask | None = None,
-    counters: Tensor | None = None,
-) -> None:
-    """y = x w + mask * (S b) + bias, S = scale * D(x) a^T stored when a buffer is given.
-
-    x [M, K], w [K, N], a [r, K], b [r, N], y [M, N]. `draw` drops x before a, `masked` masks the
-    adapter term; `counters` are zeroed by shrink, which the plan must have. With a `pack`, S has
-    the scaling of each column and is zero where the column is not the token's.
-    """
-    M, r = x.shape[0], a.shape[0]
-    transposed = w.stride(1) != 1
-    programs = _device(x.device).sm_count
-    if plan.path == "decode":
-        assert plan.decode is not None
-        sizes = workspace(M, w.shape[1], r, plan.decode)
-        split = plan.decode.SPLITS > 1
-        decode(
-            x,
-            w,
-            a,
-            b,
-            y,
-            plan.decode,
-            bias=bias,
-            S=S,
-            scale=scale.value,
-            scaling=scale.tensor,
-            partial=tape.empty((sizes[0],), torch.float32) if split else None,
-            partial_s=tape.empty((sizes[1],), torch.float32) if split else None,
-            counters=tape.empty((sizes[2],), torch.int32, zeroed=True) if split else None,
-            adapters=pack,
-            input_precision=precision,
-        )
-        return
-    assert plan.matmul is not None
-    if plan.path == "single":
-        matmul(
-            x,
-            w,
-            y,
-            plan.matmul,
-            a=a,
-            b=b,
-            S=S,
-            bias=bias,
-            scale=scale.value,
-            scaling=scale.tensor,
-            single=True,
-            adapters=pack,
-            input_precision=precision,
-        )
-        return
-
-    if S is None:
-        S = tape.empty((M, padded_rank(r)))
-    assert plan.shrink is not None
-    source = packed = None
-    descriptors = plan.path in ("pdl", "hopper")
-    if descriptors:
-        # all segments of the loop have one dtype and rows that TMA can address
-        w = w.to(x.dtype)  # under autocast a copy, for the length of this call
-        stored = _stored(b, transposed)
-        # rows of lora_B at r = 8 are one word of TMA: it would take them one by one
-        narrow = stored.shape[1] < config.MIN_RANK_BLOCK
-        if narrow or stored.dtype != x.dtype or not describable(stored):
-            source = stored
-            packed = tape.empty((stored.shape[0], padded_rank(stored.shape[1])))
-            stored = packed
-        b = _stored(stored, transposed)
-    if plan.path == "hopper" and draw is not None:
-        from fused_lora.kernels.shrink_dropout import shrink_dropout
-
-        shrink_dropout(
-            *(x, a, S, plan.shrink, plan.shrink_programs),
-            seed=draw.seed,
-            threshold=dropout.threshold(draw.p),
-            mask=draw.bits,
-            scale=scale.value,
-            scaling=scale.tensor,
-            source=source,
-            packed=packed,
-            trigger=True,
-            adapters=pack,
-        )
-    else:
-        _shrink(
-            *(x, a, S, plan.shrink, plan.shrink_programs, scale, pack, precision),
-            draw=draw,
-            counters=counters,
-            source=source,
-            packed=packed,
-            trigger=descriptors,
-        )
-    mask = None if masked is None else masked.bits
-    if plan.path == "hopper":  # Gluon, an experimental part of Triton: imported where it is used
-        from fused_lora.kernels.matmul_hopper import hopper_matmul
-
-        hopper_matmul(
-            *(x, w, y, plan.matmul, programs),
-            b=b,
-            S=S,
-            bias=bias,
-            mask=mask,
-            pdl=True,
-        )
-        return
-    if descriptors:
-        descriptor_matmul(
-            x, w, y, plan.matmul, programs, b=b, S=S, bias=bias, pdl=True, adapters=pack
-        )
-        return
-    matmul(
-        x,
-        w,
-        y,
-        plan.matmul,
-        b=b,
-        S=S,
-        bias=bias,
-        mask=mask,
-        adapters=pack,
-        input_precision=precision,
-    )
-
-
-def _shrink_only(
-    x: Tensor,
-    a: Tensor,
-    S: Tensor,
-    scale: Scale,
-    pack: Adapters | None,
-    precision: str,
-    *,
-    draw: Mask | None = None,
-    counters: Tensor | None = None,
-) -> None:
-    """S = scale * D(x) a^T with no product behind it; zeroes the counters."""
-    device = _device(x.device)
-    M, K = x.shape
-    # the tables know shrink in front of a product; alone it takes the tiles of a square one
-    tiles = config.select("shrink", device, _bits(x), M, K, K, a.shape[0])
-    programs = min(device.sm_count, -(-M // tiles.BLOCK_M))
-    _shrink(x, a, S, tiles, programs, scale, pack, precision, draw=draw, counters=counters)
-
-
-def _shrink(
-    x: Tensor,
-    a: Tensor,
-    S: Tensor,
-    tiles: config.Shrink,
-    programs: int,
-    scale: Scale,
-    pack: Adapters | None,
-    precision: str,
-    *,
-    draw: Mask | None,
-    counters: Tensor | None,
-    source: Tensor | None = None,
-    packed: Tensor | None = None,
-    trigger: bool = False,
-) -> None:
-    shrink(
-        x,
-        a,
-        S,
-        tiles,
-        programs,
-        scale=scale.value,
-        scaling=scale.tensor,
-        seed=None if draw is None else draw.seed,
-        threshold=0 if draw is None else dropout.threshold(draw.p),
-        mask=None if draw is None else draw.bits,
-        source=source,
-        packed=packed,
-        counters=counters,
-        trigger=trigger,
-        adapters=pack,
-        input_precision=precision,
-    )
-
-
-def _device(device: torch.device) -> config.Device:
-    return config.device_of(device.index if device.type == "cuda" else None)
-
-
-def _stored(matrix: Tensor, transposed: bool) -> Tensor:
-    """The row-major matrix behind a view that may be its transpose, and the way back."""
-    return matrix.t() if transposed else matrix
-
-
-def _bits(x: Tensor) -> int:
-    return 8 * x.element_size()
-
-
-def _precision(x: Tensor) -> str:
-    """How fp32 operands are multiplied: torch's own setting for its fp32 matrix products."""
-    if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+    return config.choose_backend(device, bits_of(x), x.shape[0], N, x.shape[1], r)
 
 
 def _readable_in_words(bits: Tensor) -> Tensor:

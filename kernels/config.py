@@ -136,6 +136,11 @@ class Product:
     decode: Decode | None = None
 
     @property
+    def chained(self) -> bool:
+        """Whether the matmul starts while shrink runs, and reads by tensor descriptors."""
+        return self.path in ("hopper", "pdl")
+
+    @property
     def launches(self) -> int:
         """Kernel launches of this product, without the memset of `memsets`."""
         return 1 if self.path in ("single", "decode") else 2

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fused_lora import triton_backend
+from fused_lora import product, triton_backend
 from fused_lora.kernels import config
 
 TOKENS = (1, 7, 33, 100, 130, 2049)  # M
@@ -128,7 +128,7 @@ def force_path(monkeypatch, path):
     """Send every product down `path` wherever it can run. Returns the list to which each product
     adds the path that it really took."""
     taken = []
-    plan_product = triton_backend.plan_product
+    plan_product = product.plan_product
 
     def recorded(*args, **kwargs):
         plan = plan_product(*args, **kwargs)
@@ -136,7 +136,7 @@ def force_path(monkeypatch, path):
         return plan
 
     monkeypatch.setattr(config, "PATH", path)
-    monkeypatch.setattr(triton_backend, "plan_product", recorded)
+    monkeypatch.setattr(product, "plan_product", recorded)
     return taken
 
 

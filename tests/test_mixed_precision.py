@@ -118,8 +118,8 @@ def test_the_kernels_multiply_fp32_as_torch_is_set_to(matmul_precision):
     x = torch.empty(0)
     for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("highest", "ieee")):
         matmul_precision(setting)
-        assert ops.triton_backend._precision(x) == expected
-        assert ops.triton_backend._precision(x.bfloat16()) == "ieee"
+        assert ops.triton_backend.precision_of(x) == expected
+        assert ops.triton_backend.precision_of(x.bfloat16()) == "ieee"
 
 
 @pytest.mark.gpu

@@ -9,16 +9,16 @@ import torch
 from multi_cases import fused, make_batch, make_ids, specified
 from shapes import BF16, FP32, PATHS, force_path
 
-from fused_lora import triton_backend
+from fused_lora import product, triton_backend
 from fused_lora.kernels import decode, matmul, matmul_descriptor, rank_grad, shrink
 from fused_lora.testing import check
 
-LAUNCHERS = {
-    shrink: "shrink",
-    matmul: "matmul",
-    matmul_descriptor: "descriptor_matmul",
-    decode: "decode",
-    rank_grad: "rank_grad",
+LAUNCHERS = {  # who launches the kernels of a module, and by which name
+    shrink: (product, "shrink"),
+    matmul: (product, "matmul"),
+    matmul_descriptor: (product, "descriptor_matmul"),
+    decode: (product, "decode"),
+    rank_grad: (triton_backend, "rank_grad"),
 }
 OWNED = "adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)"
 WANTED = "tl.where(wanted, K, 0)"
@@ -81,8 +81,8 @@ def plant(monkeypatch, folder, module, old, new):
     spec = importlib.util.spec_from_file_location(name, copy)
     edited = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(edited)
-    launcher = LAUNCHERS[module]
-    monkeypatch.setattr(triton_backend, launcher, getattr(edited, launcher))
+    room, launcher = LAUNCHERS[module]
+    monkeypatch.setattr(room, launcher, getattr(edited, launcher))
 
 
 @cache

@@ -28,7 +28,7 @@ from shapes import (
     pairwise,
 )
 
-from fused_lora import lora_linear, ops, triton_backend
+from fused_lora import lora_linear, ops, product, triton_backend
 from fused_lora.kernels import config, decode, matmul, matmul_descriptor, shrink
 from fused_lora.kernels import rank_grad as grad
 from fused_lora.testing import make_case, violations_of
@@ -39,12 +39,16 @@ else:  # their language does not run here; the bugs below are skipped
     matmul_hopper = shrink_dropout = None
 
 TRITON = partial(lora_linear, backend="triton")
-LAUNCHERS = {
-    shrink: "shrink",
-    matmul: "matmul",
-    matmul_descriptor: "descriptor_matmul",
-    decode: "decode",
-    grad: "rank_grad",
+LAUNCHERS = {  # who launches the kernels of a module, and by which name
+    shrink: (product, "shrink"),
+    matmul: (product, "matmul"),
+    matmul_descriptor: (product, "descriptor_matmul"),
+    matmul_hopper: (matmul_hopper, "hopper_matmul"),  # these two are imported where they are used
+    shrink_dropout: (shrink_dropout, "shrink_dropout"),
+    decode: (product, "decode"),
+    grad: (triton_backend, "rank_grad"),
+    product: (triton_backend, "adapted_product"),
+    triton_backend: (ops, "triton_backend"),
 }
 RAGGED = ((33, 50, 70, 3), (100, 70, 50, 16), (7, 500, 50, 33))  # M, K, N, r
 SPLIT = ((130, 50, 70, 3), (200, 70, 50, 16))  # enough tokens for rank_grad to split them
@@ -96,7 +100,7 @@ SHRINK_AND_PORTABLE = (
         "dy, weight, a, lora_A, dx",
         "dy, weight, a, lora_A * 0, dx",
     ),
-    Bug("S without the scale", triton_backend, "scale=scale.value,\n        scaling", "scaling"),
+    Bug("S without the scale", product, "scale=scale.value,\n        scaling", "scaling"),
 )
 RANK_GRAD = (
     Bug("dA zero", grad, "tile - tiles_B,\n                rows_per_split", "tile, 0"),
@@ -228,14 +232,8 @@ def plant(monkeypatch, folder, module, old, new):
     spec = importlib.util.spec_from_file_location(name, copy)
     edited = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(edited)
-    if module is triton_backend:
-        monkeypatch.setattr(ops, "triton_backend", edited)
-    elif module in (matmul_hopper, shrink_dropout):  # imported where they are used
-        launcher = "hopper_matmul" if module is matmul_hopper else "shrink_dropout"
-        monkeypatch.setattr(module, launcher, getattr(edited, launcher))
-    else:
-        launcher = LAUNCHERS[module]
-        monkeypatch.setattr(triton_backend, launcher, getattr(edited, launcher))
+    room, launcher = LAUNCHERS[module]
+    monkeypatch.setattr(room, launcher, getattr(edited, launcher, edited))
 
 
 def violations(path, dtype, shape, device, **options):
@@ -264,7 +262,7 @@ def test_the_rule_catches(bug, dtype, monkeypatch, tmp_path, device):
     taken = force_path(monkeypatch, bug.path)
     for shape in bug.shapes:
         assert violations(bug.path, dtype, shape, device, **bug.options) != [], shape
-    assert bug.module is triton_backend or set(taken) == {bug.path}
+    assert set(taken) == {bug.path}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -273,7 +271,7 @@ def test_the_rule_accepts_the_kernels_as_they_are(path, dtype, monkeypatch, tmp_
     if not runs(path, dtype):
         pytest.skip("the descriptor paths take 16-bit dtypes, on Hopper")
     force_path(monkeypatch, path)
-    for module in filter(None, (*LAUNCHERS, matmul_hopper)):
+    for module in set(LAUNCHERS) - {None, product, triton_backend}:
         plant(monkeypatch, tmp_path, module, "", "")  # copies without an edit
     for shape in RAGGED + (SPLIT if path == "portable" else ()):
         assert violations(path, dtype, shape, device) == [], shape
