@@ -33,6 +33,7 @@ from fused_lora.model import (
     bias_parameters,
     holds_peft_layers,
     require_layers,
+    require_values,
     unwrapped,
 )
 from fused_lora.multi import MultiLoRALinear
@@ -132,6 +133,8 @@ def load_adapter(
                 f"{path} is sharded: load an adapter before fully_shard or parallelize_module, or "
                 "its tensors by torch.distributed.checkpoint.state_dict"
             )
+        if layer.why_not_write() is not None:
+            raise RuntimeError(f"{path}: {layer.why_not_write()}")
         _check_factors(path, layer, *adapter.factors[path])
         if not layer.has_base:
             raise RuntimeError(
@@ -257,6 +260,8 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
             raise ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
         parameters = _parameters(model)
         extras |= {k: p for k, p in parameters.items() if any(k.startswith(f"{q}.") for q in paths)}
+    for path, layer in layers.items():
+        require_values(path, layer)
     rslora = {layer.use_rslora for layer in layers.values()}
     alphas = {
         path: layer.lora_alpha if len(rslora) == 1 else layer.scaling * layer.r

@@ -7,6 +7,7 @@ replacing or removing one moves no other and a captured CUDA graph sees the chan
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -155,7 +156,8 @@ class AdapterPack(nn.Module):
     def ids(self, names: Sequence[str | None]) -> Tensor:
         """int32 [len(names)] on the pack's device: the adapters' ids, -1 (base only) for None."""
         ids = [-1 if name is None else self.id(name) for name in names]
-        return torch.tensor(ids, dtype=torch.int32, device=self.owner.device)
+        with torch.inference_mode(False):  # they may be saved for backward later
+            return torch.tensor(ids, dtype=torch.int32, device=self.owner.device)
 
     def for_tokens(self, ids: Tensor) -> Adapters:
         """What the operators are told, for ids int32 [M]."""
@@ -281,7 +283,11 @@ class AdapterPack(nn.Module):
     # --- state: what moves, what is saved, what loads
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterPack:
+        was_meta = self.owner.is_meta
         super()._apply(fn, recurse)
+        emptied = "to_empty" in getattr(fn, "__qualname__", "")
+        if (emptied or was_meta) and not self.owner.is_meta:  # nothing is there but room
+            self._reset()
         exact = torch.promote_types(self.lora_A.dtype, torch.float32)
         if self.scaling.dtype != exact:  # .half() and the like: a scaling stays exact
             self.scaling = self.scaling.to(exact)
@@ -289,14 +295,67 @@ class AdapterPack(nn.Module):
                 self.scaling[entry.columns[: entry.r]] = entry.scaling
         return self
 
-    def get_extra_state(self) -> dict[str, list[Any]]:
-        return {name: [*entry[:3], list(entry.blocks)] for name, entry in self._entries.items()}
+    @torch.no_grad()
+    def _reset(self) -> None:
+        self._entries = {}
+        self.owner.fill_(NOBODY)
+        for tensor in (self.lora_A, self.lora_B, self.scaling, self.window):
+            tensor.zero_()
 
-    def set_extra_state(self, state: dict[str, list[Any]]) -> None:
-        self._entries = {
-            name: _Entry(adapter_id, r, scaling, tuple(blocks))
-            for name, (adapter_id, r, scaling, blocks) in state.items()
-        }
+    def get_extra_state(self) -> Tensor:
+        """The adapters' names, ids, ranks, scalings and blocks: JSON as uint8, since safetensors
+        holds tensors alone."""
+        entries = {n: [*entry[:3], list(entry.blocks)] for n, entry in self._entries.items()}
+        return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self._entries = _entries_of(state)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        refusal = self._refuse(state_dict, prefix)
+        if refusal is not None:  # before anything is written
+            error_msgs.append(refusal)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _refuse(self, state_dict: Any, prefix: str) -> str | None:
+        """Why these entries of a state_dict cannot be loaded, None if they can."""
+        parts = ("lora_A", "lora_B", "owner", "scaling", "window", "_extra_state")
+        given = {part: state_dict[prefix + part] for part in parts if prefix + part in state_dict}
+        absent = [part for part in parts if part not in given]
+        whose = [part for part in given if not part.startswith("lora_")]
+        if whose and absent:
+            return (
+                f"{prefix}{whose[0]} is in the state_dict, {prefix}{absent[0]} is not: what says "
+                "whose a pack's columns are loads together with them, and whole"
+            )
+        for part in parts[:-1]:
+            got, expected = given.get(part), getattr(self, part)
+            if got is not None and got.shape != expected.shape:
+                return (
+                    f"size mismatch for {prefix}{part}: got {tuple(got.shape)}, expected "
+                    f"{tuple(expected.shape)}; give a checkpoint of a pack of this total_rank and "
+                    "max_adapters"
+                )
+        return None
+
+
+def _entries_of(state: Tensor) -> dict[str, _Entry]:
+    return {
+        name: _Entry(adapter_id, r, scaling, tuple(blocks))
+        for name, (adapter_id, r, scaling, blocks) in json.loads(bytes(state.tolist())).items()
+    }
 
 
 def _blocks_of(r: int) -> int:

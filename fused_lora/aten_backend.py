@@ -51,7 +51,7 @@ def add_adapter(
     if dropout_p > 0.0:
         assert seed is not None
         mask = dropout.packed_mask(seed, x.shape[0], x.shape[1], dropout_p)
-        dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), 1.0 / (1.0 - dropout_p)
+        dropped, keep_scale = x * dropout.unpack(mask, x.shape[1]), dropout.keep_scale(dropout_p)
         kept = [mask]
     S = _scaled_product(dropped, lora_A.to(x.dtype).t(), scale, keep_scale)
     if adapters is not None:
@@ -104,7 +104,7 @@ def adapter_gradients(
     """[dX, dA, dB] of the adapter term alone; its dX is added to `dx` in place where one is given.
     None for those that are not needed."""
     r, K = lora_A.shape
-    keep_scale = 1.0 / (1.0 - dropout_p)
+    keep_scale = dropout.keep_scale(dropout_p)
     keep = None if mask_bits is None else dropout.unpack(mask_bits, K)
     dA = dB = None
     if needs_x or needs_A:

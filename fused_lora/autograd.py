@@ -59,7 +59,7 @@ class LoRALinearFunction(torch.autograd.Function):
             lora_A,
             lora_B,
             S if lora_B.requires_grad else None,
-            mask[0] if mask else None,
+            mask[0] if mask and (x.requires_grad or lora_A.requires_grad) else None,
             scaling_tensor,
             *adapters,
         )

@@ -161,7 +161,7 @@ def _delta_(
     rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
     N, r = lora_B.shape
     backend_module = ops.backend_of(backend, x, N, r, lora_B)
-    with ops._as_given(x):
+    with ops.as_given(x):
         kept = backend_module.add_adapter(
             *(rows, x, lora_A, lora_B, Scale(scaling, scaling_tensor), dropout_p, seed),
             *(None, for_backward),
@@ -210,7 +210,7 @@ def _delta_backward(
     """Of [dx, dlora_A, dlora_B] those that `needs` asks for, in this order."""
     r, K = lora_A.shape
     backend_module = ops.backend_of(backend, dy, K, r, lora_A)
-    with ops._as_given(dy):
+    with ops.as_given(dy):
         grads = backend_module.adapter_gradients(
             *(dy, x, lora_A, lora_B, S, mask, Scale(scaling, scaling_tensor), dropout_p),
             *(None, *needs),

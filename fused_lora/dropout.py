@@ -16,7 +16,8 @@ COLUMNS_PER_CALL = 8
 _LOW = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
-_CALLS_AT_ONCE = 2**15
+_CALLS_AT_ONCE = {"cpu": 2**15}  # pieces that stay in a CPU's cache
+_CALLS_OF_A_GPU = 2**22  # about 300 MB of intermediate words
 
 _GATHER = 0x0102040810204080
 """Times an int64 of eight bytes, each 0 or 1, it gathers them in the highest: byte j as bit j."""
@@ -25,6 +26,12 @@ _GATHER = 0x0102040810204080
 def threshold(p: float) -> int:
     """The 16-bit value under which an element is dropped, for drop probability `p` in [0, 1)."""
     return min(65535, round(p * 65536))
+
+
+def keep_scale(p: float) -> float:
+    """What is kept is multiplied by this: the inverse of the probability with which it is, which is
+    1 - p rounded to 16 bits."""
+    return 65536 / (65536 - threshold(p))
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -44,8 +51,8 @@ def packed_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     8 i + j."""
     calls = packed_columns(columns)
     packed = torch.empty((rows, calls), dtype=torch.uint8, device=seed.device)
-    # on a CPU in pieces that stay in its cache
-    height = max(1, _CALLS_AT_ONCE // max(1, calls)) if seed.device.type == "cpu" else max(1, rows)
+    at_once = _CALLS_AT_ONCE.get(seed.device.type, _CALLS_OF_A_GPU)
+    height = max(1, at_once // max(1, calls))
     for first in range(0, rows, height):
         part = packed[first : first + height]
         words = torch.stack(_philox(seed, first, len(part), calls), -1).to(torch.int32)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import LoRALinearFunction
@@ -68,7 +69,7 @@ def run(
     """The operator on checked arguments, recorded for backward where a gradient may be asked for.
     options: what `checked_options` returns; adapters: those of a pack; unpack: (weight, dtype) ->
     W [N, K], of a packed weight."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # [M, K]
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
@@ -79,6 +80,11 @@ def run(
     if wants_grad:
         y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, options, adapters, unpack)
     else:
+        if not torch.compiler.is_compiling() and transformed():
+            raise RuntimeError(
+                "torch.func transforms and forward-mode differentiation do not see through the "
+                "fused layer: use fused_lora.reference.lora_linear there, which is plain PyTorch"
+            )
         scaling, scaling_tensor, dropout_p, seed, backend = options
         y = ops.call(
             ops.forward,
@@ -96,6 +102,15 @@ def run(
             False,
         )[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_B.shape[0])
+
+
+def transformed() -> bool:
+    """Whether the caller is inside of jvp, grad or vmap of torch.func, or of a dual level."""
+    if forward_ad._current_level >= 0:
+        return True
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    transforms = torch._C._functorch.TransformType
+    return interpreter is not None and interpreter.key() != transforms.Functionalize
 
 
 def autocasted(x: Tensor) -> tuple[Tensor, bool]:
@@ -179,6 +194,11 @@ def _check_type(tensor: Tensor, name: str) -> None:
             "ColwiseLoRAParallel or RowwiseLoRAParallel of fused_lora.parallel; under FSDP2 "
             "call the sharded block, not the layer; by hand, pass local tensors (to_local()) "
             "and reduce the gradients of the replicated factor"
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor, expected a plain one: call the layer on x.values() and "
+            "make a nested tensor of the result with the same offsets"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fused_lora.functional import BACKENDS
 
@@ -92,6 +93,8 @@ class LoRALayer(nn.Module):
             return "the layer is merged already: call unmerge() before merging again"
         if not self.adapters_ready:
             return "lora_A and lora_B are not initialised: there is nothing to merge"
+        if self.why_not_write() is not None:
+            return self.why_not_write()
         if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
             return (
                 "FSDP holds the base weight and would put the unmerged one back: gather the "
@@ -99,6 +102,24 @@ class LoRALayer(nn.Module):
                 "a model on one process and merge that"
             )
         return None
+
+    def why_not_write(self) -> str | None:
+        """Why the layer's Parameters cannot be exchanged in place, None if they can."""
+        if self.adapters_ready and self.lora_A.is_meta:
+            return (
+                "accelerate has offloaded the parameters, and would put the old ones back: call "
+                "accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
+        absent = [name for name in self._written if self._parameters.get(name) is None]
+        if absent:
+            return (
+                f"{' and '.join(absent)} are parametrized or pruned: call "
+                "torch.nn.utils.parametrize.remove_parametrizations or prune.remove first"
+            )
+        return None
+
+    _written: tuple[str, ...] = ("lora_A", "lora_B")
+    """What `set_adapter`, `merge` and `unmerge` exchange."""
 
     def merge(self, keep_base: bool | Literal["cpu"] = True, requantise: bool = False) -> LoRALayer:
         raise NotImplementedError
@@ -127,12 +148,16 @@ class LoRALayer(nn.Module):
         does. lora_dropout None keeps the layer's. A merged layer is merged with the new adapter
         afterwards, and keeps its base weight as before. Raises ValueError for shapes that do not
         fit and options out of range, TypeError for tensors that are not floating, RuntimeError if
-        the base weight was let go or the layer is sharded; then nothing has changed."""
+        the base weight was let go or the layer is sharded, offloaded or parametrized; then nothing
+        has changed."""
         if type(self.lora_A).__name__ == "DTensor":
             raise RuntimeError(
                 "lora_A and lora_B are sharded: set an adapter before fully_shard or "
                 "parallelize_module, or load it by torch.distributed.checkpoint.state_dict"
             )
+        reason = self.why_not_write()
+        if reason is not None:
+            raise RuntimeError(reason)
         r = lora_A.shape[0] if lora_A.dim() == 2 else 0
         expected = ((r, self.in_features), (self.out_features, r))
         if r < 1 or (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
@@ -146,16 +171,19 @@ class LoRALayer(nn.Module):
         p = self.lora_dropout if lora_dropout is None else lora_dropout
         check_adapter_options(r=r, lora_alpha=lora_alpha, lora_dropout=p)
         merged_by = self._merge_arguments()
-        if merged_by is not None:
-            self.unmerge()
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            given = {}
             for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
                 own = getattr(self, name)
-                if own.shape == value.shape and not own.is_meta:
-                    own.copy_(value)
+                device = value.device if own.is_meta else own.device
+                given[name] = value.to(device, own.dtype, copy=True)
+            if merged_by is not None:
+                self.unmerge()
+            for name, new in given.items():
+                own = getattr(self, name)
+                if own.shape == new.shape and not own.is_meta:
+                    own.copy_(new)
                 else:
-                    device = value.device if own.is_meta else own.device
-                    new = value.to(device, own.dtype, copy=True)
                     setattr(self, name, nn.Parameter(new, requires_grad=own.requires_grad))
         self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, lora_alpha, use_rslora, p
         self.adapters_ready = True
@@ -186,6 +214,12 @@ class LoRALayer(nn.Module):
         with torch.no_grad():
             return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
 
+    def _without_adapter(self, merged: Tensor) -> Tensor:
+        """`merged`, a merged weight or its product, refusing gradients to lora_A and lora_B."""
+        if torch.is_grad_enabled() and (self.lora_A.requires_grad or self.lora_B.requires_grad):
+            return _Merged.apply(merged, self.lora_A, self.lora_B)
+        return merged
+
     def _require_adapters(self) -> None:
         if not self.adapters_ready:
             raise RuntimeError(
@@ -204,6 +238,24 @@ class LoRALayer(nn.Module):
             text += f", lora_dropout={self.lora_dropout}"
         return text
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        given = all(prefix + name in state_dict for name in ("lora_A", "lora_B"))
+        if given and len(error_msgs) == errors:
+            self.adapters_ready = not self.lora_A.is_meta
+
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         was_meta = self.lora_A.is_meta
         super()._apply(fn, recurse)
@@ -211,6 +263,23 @@ class LoRALayer(nn.Module):
         if emptied or (was_meta and not self.lora_A.is_meta):
             self.adapters_ready = False
         return self
+
+
+class _Merged(torch.autograd.Function):
+    """A tensor of a merged layer, refusing gradients to the adapters it no longer depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, merged: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return merged.view_as(merged)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        raise RuntimeError(
+            "backward through a merged LoRA layer wants gradients of lora_A and lora_B, which the "
+            "merged weight does not have: call unmerge() to train, or freeze the adapters "
+            "(requires_grad_(False)) to differentiate the merged layer"
+        )
 
 
 @torch.no_grad()

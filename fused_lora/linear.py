@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapped
 
 from fused_lora.functional import lora_linear
@@ -49,6 +48,7 @@ class FusedLoRALinear(LoRALayer):
     for an adapter_dtype that is not floating.
     """
 
+    _written = ("weight", "lora_A", "lora_B")
     weight: Tensor
     fan_in_fan_out: bool
     _base: Tensor | None
@@ -187,9 +187,7 @@ class FusedLoRALinear(LoRALayer):
             return F.linear(x, self._matrix(base), bias)
         self._require_adapters()
         if self._merged:
-            if torch.is_grad_enabled() and (lora_A.requires_grad or lora_B.requires_grad):
-                weight = _MergedWeight.apply(weight, lora_A, lora_B)
-            return F.linear(x, self._matrix(weight), bias)
+            return F.linear(x, self._matrix(self._without_adapter(weight)), bias)
         return lora_linear(
             x,
             self._matrix(weight),
@@ -224,11 +222,12 @@ class FusedLoRALinear(LoRALayer):
             raise ValueError(f"keep_base must be True, False or 'cpu': got {keep_base!r}")
         base = self.weight
         kept: Tensor | None = None
-        if keep_base == "cpu":
-            kept = base.detach().to("cpu", copy=True)
-        elif keep_base:
-            kept = base
-        self.weight = nn.Parameter(self._merged_weight(), requires_grad=base.requires_grad)
+        with torch.inference_mode(False):  # or nothing could be differentiated through it later
+            if keep_base == "cpu":
+                kept = base.detach().to("cpu", copy=True)
+            elif keep_base:
+                kept = base
+            self.weight = nn.Parameter(self._merged_weight(), requires_grad=base.requires_grad)
         self._set_base(kept, merged=True)
         return self
 
@@ -237,6 +236,8 @@ class FusedLoRALinear(LoRALayer):
         has not moved since); returns self. Raises RuntimeError if not merged or not kept."""
         if not self._merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
+        if self.why_not_write() is not None:
+            raise RuntimeError(self.why_not_write())
         base = self._base_weight()
         if not isinstance(base, nn.Parameter):
             base = nn.Parameter(base, requires_grad=self.weight.requires_grad)
@@ -364,8 +365,6 @@ class FusedLoRALinear(LoRALayer):
             state, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
         )
         missing_keys += [key for key in missing if key.removeprefix(prefix) not in optional]
-        if "lora_A" in given:
-            self.adapters_ready = not self.lora_A.is_meta
         if merged:
             kept = self.weight if base is not None else None
             weight = given["weight"].detach()
@@ -417,20 +416,3 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is exactly the Conv1D of transformers, a linear layer stored [in, out]."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and type(module) is loaded.Conv1D
-
-
-class _MergedWeight(torch.autograd.Function):
-    """The merged weight, refusing gradients to the adapters it no longer depends on."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dweight: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        raise RuntimeError(
-            "backward through a merged FusedLoRALinear wants gradients of lora_A and lora_B, which "
-            "the merged weight does not have: call unmerge() to train, or freeze the adapters "
-            "(requires_grad_(False)) to differentiate the merged layer"
-        )

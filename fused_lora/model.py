@@ -141,9 +141,11 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
     """The adapters (and biases, as in `mark_only_lora_as_trainable`) of `model.state_dict()`, under
     the keys of the model itself, without what torch.compile, DDP and checkpoint wrappers put in
     front: `load_state_dict(..., strict=False)` of the model inside them (`_orig_mod`, `module`)
-    takes it back. Tensors are not copied. Raises ValueError for another bias or no LoRA layer."""
+    takes it back. Tensors are not copied. Raises ValueError for another bias or no LoRA layer,
+    RuntimeError for layers whose parameters accelerate has offloaded."""
     state = {}
     for path, layer in require_layers(model).items():
+        require_values(path, layer)
         for name in ("lora_A", "lora_B"):
             state[f"{path}.{name}" if path else name] = getattr(layer, name).detach()
     return state | {key: value.detach() for key, value in bias_parameters(model, bias).items()}
@@ -241,6 +243,12 @@ def all_or_nothing(layers: Iterable[LoRALayer]) -> Iterator[None]:
         for layer, state in before:
             layer.restore(state)
         raise
+
+
+def require_values(path: str, layer: LoRALayer) -> None:
+    """Raise RuntimeError if the adapter's values are not in the layer."""
+    if layer.adapters_ready and layer.lora_A.is_meta:
+        raise RuntimeError(f"{path or 'the layer'}: {layer.why_not_write()}")
 
 
 def require_layers(model: nn.Module) -> dict[str, LoRALayer]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora import aten_backend, dropout
 from fused_lora.scale import Adapters, Scale, padded_rank
@@ -31,6 +32,13 @@ CHECK_IDS = os.environ.get("FUSED_LORA_CHECK_IDS") == "1"
 call. Unchecked, an id that no adapter has means the base alone. On a CPU ids are always checked."""
 
 
+def looks_at(ids: Tensor) -> bool:
+    """Whether the values of ids are checked, which waits for a GPU, and breaks a capture."""
+    if ids.is_cuda:
+        return CHECK_IDS and not torch.cuda.is_current_stream_capturing()
+    return ids.device.type == "cpu" and type(ids) in (Tensor, nn.Parameter)  # a fake one has none
+
+
 def why_not_triton(x: Tensor) -> str | None:
     """Why the kernels cannot run on a tensor like `x`, and what to do; None if they can."""
     return _why_not_triton(x.device, x.dtype)
@@ -40,8 +48,8 @@ def why_not_triton(x: Tensor) -> str | None:
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     if triton_backend is None:
         return (
-            f"triton cannot be imported ({_import_error}): install it (`pip install triton`, Linux "
-            "only), or use backend='aten'"
+            f"triton 3.6 or newer cannot be imported ({_import_error}): install it (`pip install "
+            "'triton>=3.6'`, Linux only), or use backend='aten'"
         )
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take fp32, fp16 and bf16, x is {dtype}: use backend='aten'"
@@ -105,6 +113,7 @@ def call(operator: OpOverload, *arguments: Any) -> Any:
         or torch.autograd._profiler_enabled()
         or not _UNWATCHED.issuperset(map(type, arguments))
         or arguments[0].is_meta
+        or torch._C._functorch.is_legacy_batchedtensor(arguments[0])
     )
     return (operator if watched else _kernels[operator])(*arguments)
 
@@ -143,7 +152,7 @@ def _forward(
     backend_module = backend_of(backend, x, weight.shape[0], lora_A.shape[0], weight)
     scale = Scale(scaling, scaling_tensor)
     pack = _checked(adapters)
-    with _as_given(x):
+    with as_given(x):
         return backend_module.forward(
             x, weight, lora_A, lora_B, bias, scale, dropout_p, seed, pack, for_backward
         )
@@ -192,7 +201,7 @@ def _backward(
     backend_module = backend_of(backend, dy, weight.shape[1], lora_A.shape[0], weight)
     scale = Scale(scaling, scaling_tensor)
     pack = Adapters(*adapters) if adapters else None
-    with _as_given(dy):
+    with as_given(dy):
         dx, dA, dB = backend_module.backward(
             *(dy, x, weight, lora_A, lora_B, S, mask, scale, dropout_p, pack),
             *(needs_x, needs_A, needs_B),
@@ -232,13 +241,32 @@ register(forward, _forward, _forward_fake)
 register(backward, _backward, _backward_fake)
 
 
+@register_flop_formula(torch.ops.fused_lora.forward)
+def _forward_flops(
+    x: Sequence[int], weight: Sequence[int], lora_A: Sequence[int], *_: Any, **__: Any
+) -> int:
+    (M, K), N, r = x, weight[0], lora_A[0]
+    return 2 * M * (N * K + r * (N + K))
+
+
+@register_flop_formula(torch.ops.fused_lora.backward)
+def _backward_flops(
+    dy: Sequence[int], x: Any, weight: Sequence[int], lora_A: Any, *rest: Any, **_: Any
+) -> int:
+    (M, N), K, r = dy, weight[1], lora_A[0]
+    needs_x, needs_weight, needs_A, needs_B, _bias = rest[7]
+    products = N * K * (needs_x + needs_weight) + r * (N + K) * needs_x
+    products += r * N * (needs_A and not needs_x) + r * K * needs_A + r * N * needs_B
+    return 2 * M * products
+
+
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for x's device."""
     device_type = "cuda" if x.is_cuda else x.device.type  # which is slow: it makes a string
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def _as_given(x: Tensor) -> contextlib.AbstractContextManager:
+def as_given(x: Tensor) -> contextlib.AbstractContextManager:
     """Compute on x's device (Triton launches on the current one) and in the dtypes at hand
     (autocast, which `lora_linear` has applied, would cast again)."""
     # torch.cuda.current_device() without its look whether CUDA is initialised: x is there already
@@ -262,7 +290,7 @@ def _checked(adapters: list[Tensor]) -> Adapters | None:
     if not adapters:
         return None
     pack = Adapters(*adapters)
-    if pack.ids.is_cuda and not CHECK_IDS:
+    if not looks_at(pack.ids):
         return pack
     ids, held = pack.ids, pack.window.any(1)
     wrong = (ids < -1) | (ids >= len(held))

@@ -24,7 +24,7 @@ from fused_lora.scale import Adapters, Scale, padded_rank
 
 class Mask(NamedTuple):
     """Dropout of one call: its bits, drawn by shrink from `seed` in forward. What is kept is scaled
-    by 1 / (1 - p), a factor that S and dS carry."""
+    by `dropout.keep_scale`, a factor that S and dS carry."""
 
     bits: Tensor  # uint8 [M, dropout.packed_columns(K)]
     p: float
@@ -121,9 +121,16 @@ def adapted_product(
 ) -> None:
     """y = x w + mask * (S b) + bias, S = scale * D(x) a^T stored when a buffer is given.
 
-    x [M, K], w [K, N], a [r, K], b [r, N], y [M, N]. `draw` drops x before a, `masked` masks the
-    adapter term; `counters` are zeroed by shrink, which the plan must have. With a `pack`, S has
-    the scaling of each column and is zero where the column is not the token's.
+    x [M, K], w [K, N], a [r, K], b [r, N], y [M, N]:
+
+                 x    w    a    b    y
+        forward  x    W^T  A    B^T  y
+        dX       dY   W    B^T  A    dX
+
+    W^T and B^T are views of [N, K] and [N, r], whose rows TMA reads (`transposed`). `draw` drops x
+    before a, `masked` masks the adapter term; `counters` are zeroed by shrink, which the plan must
+    have. With a `pack`, S has the scaling of each column and is zero where the column is not the
+    token's.
     """
     if plan.path == "decode":
         assert plan.decode is not None

@@ -100,7 +100,7 @@ class QuantizedLoRALinear(LoRALayer):
             return base(x)
         self._require_adapters()
         if self.merged:
-            return self.base_layer(x)
+            return self._without_adapter(self.base_layer(x))
         options: dict[str, Any] = {
             "scaling": self.scaling,
             "dropout_p": self.lora_dropout if self.training else 0.0,
@@ -157,6 +157,8 @@ class QuantizedLoRALinear(LoRALayer):
         not kept."""
         if not self.merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
+        if self.why_not_write() is not None:
+            raise RuntimeError(self.why_not_write())
         if self._base is None:
             raise RuntimeError(
                 "the base layer was let go by merge(keep_base=False): load it again, or merge with "

@@ -32,9 +32,10 @@ def lora_linear(
     """Return `x W^T + bias + scaling * (D(x) A^T) B^T` in the three-operation form everyone writes.
 
     Shapes: x [..., K], weight [N, K], lora_A [r, K], lora_B [N, r], bias [N]; result [..., N].
-    The adapters are cast to x's dtype, as autocast training does. D(x) is x * mask divided by
-    1 - dropout_p; `mask` (bool, x's shape) fixes it, else it is drawn from `seed` exactly as the
-    fused layer draws it. `backend` has no effect: it is there so that the signatures are alike.
+    The adapters are cast to x's dtype, as autocast training does. D(x) is x * mask over the keep
+    probability, 1 - dropout_p rounded to 16 bits as the mask is drawn. `mask` (bool, x's shape)
+    fixes it, else it is drawn from `seed` exactly as the fused layer draws it. `backend` has no
+    effect: it is there so that the signatures are alike.
     """
     y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     dropped = _dropped(x, dropout_p, seed, mask)
@@ -68,4 +69,4 @@ def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None, mask: Tensor | No
         seed = dropout.draw_seed(x.device) if seed is None else seed
         rows = x.numel() // max(x.shape[-1], 1)
         mask = dropout.keep_mask(seed, rows, x.shape[-1], dropout_p).view(x.shape)
-    return x * mask / (1.0 - dropout_p)
+    return x * mask * dropout.keep_scale(dropout_p)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_lora import dropout
 from fused_lora.kernels import config
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.tape import INTERPRETING, Tape, play
@@ -48,6 +49,7 @@ def forward(
 ) -> list[Tensor]:
     """[y [M, N]], and `for_backward` S [M, padded r] and with dropout the packed mask."""
     x = _unit_column_stride(x)
+    bias = None if bias is None else bias.contiguous()
     inputs = (x, weight, lora_A, lora_B, bias, scale.tensor, seed, *(adapters or _ONE_ADAPTER))
     options = (config.PATH, precision_of(x), scale.value, dropout_p, for_backward)
     return play(_forward, inputs, options)
@@ -76,7 +78,7 @@ def _forward(
     y = tape.empty((M, weight.shape[0]))
     S = tape.empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
     mask = new_mask(tape, M, K, dropout_p, seed)
-    scaled = Scale(scale / (1.0 - dropout_p), scaling)
+    scaled = Scale(scale * dropout.keep_scale(dropout_p), scaling)
     w, b = weight.t(), lora_B.t()
     pack = _pack(ids, owner, scalings, window)
     plan = plan_for(x, w, lora_A, y, draw=mask)
@@ -109,7 +111,7 @@ def backward(
     that of the adapter term alone."""
     dy = _unit_column_stride(dy)
     x = _unit_column_stride(x) if needs_A and x is not None else None
-    S = S if needs_B else None
+    S = _unit_column_stride(S) if needs_B and S is not None else None
     mask_bits = None if mask_bits is None else _readable_in_words(mask_bits)
     inputs = (
         *(dy, x, weight, lora_A, lora_B, S, mask_bits, scale.tensor),
@@ -147,7 +149,7 @@ def _backward(
     M = dy.shape[0]
     N, (r, K) = lora_B.shape[0], lora_A.shape
     device = device_of(dy.device)
-    scale = Scale(scale_value / (1.0 - dropout_p), scaling)
+    scale = Scale(scale_value * dropout.keep_scale(dropout_p), scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
     pack = _pack(ids, owner, scalings, window)
@@ -248,7 +250,7 @@ def _term(
     S = tape.empty((M, padded_rank(lora_A.shape[0])))
     pack = _pack(ids, owner, scalings, window)
     mask = new_mask(tape, M, K, dropout_p, seed)
-    scaled = Scale(scale / (1.0 - dropout_p), scaling)
+    scaled = Scale(scale * dropout.keep_scale(dropout_p), scaling)
     shrink_alone(x, lora_A, S, scaled, pack, precision, draw=mask)
     return [S] if mask is None else [S, mask.bits]
 

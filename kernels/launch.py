@@ -1,16 +1,25 @@
-"""How a kernel is launched: by Triton's jit, noted down on the tape of the operator call."""
+"""How a kernel is launched: by Triton's jit, noted down on the tape of the operator call.
+
+Programmatic dependent launch (PDL) lets a kernel start while the one before it runs, once all of
+that one's programs have triggered. What counts on what, on the path hopper:
+
+    shrink     plain   reads x, A; triggers at once; writes S
+    matmul     PDL     reads x, W, which were complete before shrink began; waits for shrink, each
+                       program before it reads S or writes y; then triggers
+    rank_grad  PDL     reads dS without a wait, for it starts when every program of dX has waited
+                       for it; never reads dX; waits for dX at its end
+    the next   plain   sees all of them complete
+"""
 
 from __future__ import annotations
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_lora.kernels.tape import INTERPRETING, recording
+from fused_lora.kernels.tape import recording
 
 # Triton 3.10 turns this off by default; a * b + c in one rounding is what every epilogue here wants
 OPTIONS = {"enable_fp_fusion": True}
-
-__all__ = ["INTERPRETING", "cdiv", "describable", "launch", "options_of"]
 
 
 def cdiv(a: int, b: int) -> int:

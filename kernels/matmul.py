@@ -2,8 +2,8 @@
 accumulator. Forward uses it for y (X = x), backward for dX (X = dY).
 
 The portable kernel loads by pointers and takes any stride and alignment. Its single-launch mode
-computes S beside the main product; its other mode is given S by `shrink`. The descriptor kernel,
-for Hopper and newer, is in `matmul_descriptor.py`.
+computes S beside the main product; its other mode is given S by `shrink`. With tensor descriptors:
+`matmul_hopper.py`, and `matmul_descriptor.py` for datacentre Blackwell and ranks over 512.
 """
 
 import triton

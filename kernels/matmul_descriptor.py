@@ -1,4 +1,5 @@
-"""The matmul for Hopper and newer: tensor descriptors (TMA), persistent, the adapter in the K loop.
+"""The matmul for datacentre Blackwell and ranks over 512: tensor descriptors (TMA), persistent, the
+adapter in the K loop.
 
 Y = X W + S B is one sum of products, so the K loop simply goes on: its last ceil(r / BLOCK_K)
 steps take their tiles from S and B instead of X and W, through the same pipeline. S comes from the

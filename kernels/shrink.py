@@ -49,7 +49,6 @@ def shrink_kernel(
     scale,
     HAS_SCALING: tl.constexpr,
     DROPOUT: tl.constexpr,
-    STORE_MASK: tl.constexpr,
     PACK: tl.constexpr,
     ZERO: tl.constexpr,
     TRIGGER: tl.constexpr,
@@ -125,13 +124,12 @@ def shrink_kernel(
                 calls = k // 8 + tl.arange(0, BLOCK_K // 8)
                 packed = dropout.draw(seed, calls[None, :], offs_m[:, None], threshold)
                 packed = packed.to(tl.uint8)
-                if STORE_MASK:
-                    if pid_r == 0:
-                        tl.store(
-                            mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mm + calls[None, :],
-                            packed,
-                            mask=(offs_m < M)[:, None] & (calls * 8 < K)[None, :],
-                        )
+                if pid_r == 0:
+                    tl.store(
+                        mask_ptr + offs_m.to(tl.int64)[:, None] * stride_mm + calls[None, :],
+                        packed,
+                        mask=(offs_m < M)[:, None] & (calls * 8 < K)[None, :],
+                    )
                 x = tl.where(dropout.expand(packed, BLOCK_M, BLOCK_K) != 0, x, 0.0).to(x.dtype)
             acc = add_product(acc, x, a.to(x.dtype), INPUT_PRECISION)
         factor = scale
@@ -237,7 +235,6 @@ def shrink(
         (
             scaling is not None,
             seed is not None,
-            mask is not None,
             packed is not None,
             counters is not None,
             trigger,

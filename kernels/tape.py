@@ -5,6 +5,11 @@ and before it the operator chooses kernels and tiles again: together most of the
 call. All of it depends on the facts of the call alone (shapes, strides, dtypes, alignment,
 options). A `Tape` keeps, under those facts, the buffers to allocate and for every launch the very
 arguments of Triton's C launcher; a replay fills in addresses and the stream.
+
+While a call is recorded its tape is the thread's, and `kernels.launch` writes to it. So between
+`play` and the end of the function: allocate by `tape.empty`, launch by `launch`, look at no values.
+Another torch operation on the way (the cast of W under autocast) makes a tensor that the tape does
+not know: such a call is right, but never replayed.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ MAX_TAPES = 8192
 MAX_MAPS = 4096  # tensor maps kept per argument: one for each layer of this shape, and each buffer
 _tapes: dict[tuple, Tape] = {}
 _thread = threading.local()
+_encoding = threading.Lock()
 
 
 def play(function, inputs, options):
@@ -181,11 +187,12 @@ class Launch:
         for i, slot in self.descriptors:
             arguments[i] = arguments[i].at(addresses[slot])
         expanded = self._expanded(arguments)[-1]
-        for i, slot, known in self.maps:
-            if addresses[slot] not in known:
-                if len(known) >= MAX_MAPS:
-                    del known[next(iter(known))]  # the oldest
-                known[addresses[slot]] = expanded[i]
+        with _encoding:  # threads that serve one layer make room for each other's maps
+            for i, slot, known in self.maps:
+                if addresses[slot] not in known:
+                    if len(known) >= MAX_MAPS:
+                        del known[next(iter(known))]  # the oldest
+                    known[addresses[slot]] = expanded[i]
         return expanded
 
     def _expanded(self, arguments):

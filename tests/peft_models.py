@@ -86,7 +86,7 @@ class GivenMask(nn.Module):
     def forward(self, x):
         seed = torch.tensor(SEED, dtype=torch.int64, device=x.device)
         mask = dropout.keep_mask(seed, x.numel() // x.shape[-1], x.shape[-1], self.p)
-        return x * mask.view(x.shape) / (1.0 - self.p)
+        return x * mask.view(x.shape) * dropout.keep_scale(self.p)
 
 
 def peft_copy(layer, *, dtype=None, adapter_dtype=None):

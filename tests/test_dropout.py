@@ -81,7 +81,7 @@ def test_the_mask_is_the_specified_one(seed, p, device):
 
 @pytest.mark.parametrize("at_once", (1, 3, 8, 26))
 def test_a_mask_drawn_in_pieces_is_the_same(at_once, monkeypatch):
-    monkeypatch.setattr(dropout, "_CALLS_AT_ONCE", at_once)
+    monkeypatch.setattr(dropout, "_CALLS_AT_ONCE", {"cpu": at_once})
     mask = dropout.keep_mask(torch.tensor(7), 9, 21, 0.3)
     assert torch.equal(mask, specified_mask(7, 9, 21, 0.3))
 
@@ -94,6 +94,14 @@ def test_the_keep_rate_is_one_minus_p(p, device):
         limit = 1.1 * five_deviations(1000, p)  # there are 2000 rows and columns to pass it
         assert (mask.mean(0) - (1 - p)).abs().max() < limit
         assert (mask.mean(1) - (1 - p)).abs().max() < limit
+
+
+@pytest.mark.parametrize("p", (1e-6, 0.05, 0.3, 0.999, 0.99999))
+def test_what_is_kept_is_scaled_by_the_probability_with_which_it_is_kept(p):
+    mask = dropout.keep_mask(torch.tensor(1), 2048, 2048, p).double()
+    kept = 1 - dropout.threshold(p) / 65536
+    assert dropout.keep_scale(p) * kept == pytest.approx(1.0, rel=1e-12)
+    assert abs(mask.mean().item() - kept) < five_deviations(mask.numel(), 1 - kept)
 
 
 @pytest.mark.parametrize("p", P)
@@ -228,7 +236,6 @@ def test_a_checkpoint_recomputes_the_same_mask(use_reentrant, backend, device):
         assert torch.equal(plain, recomputed)
 
 
-@kernels
 def laid_out_anew(mask, shift, gap):
     """The mask's values from another place on, in rows of another stride."""
     rows, columns = mask.shape

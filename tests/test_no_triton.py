@@ -54,13 +54,13 @@ assert torch.equal(torch.get_rng_state(), state)
         ),
         pytest.param(
             PRELUDE + "sys.meta_path.insert(0, Blocked())",
-            "triton cannot be imported (No module named 'triton')",
-            "install it (`pip install triton`, Linux only), or use backend='aten'",
+            "triton 3.6 or newer cannot be imported (No module named 'triton')",
+            "install it (`pip install 'triton>=3.6'`, Linux only), or use backend='aten'",
             id="no triton",
         ),
         pytest.param(
             "import triton\ndel triton.knobs",
-            "triton cannot be imported (module 'triton' has no attribute 'knobs')",
+            "triton 3.6 or newer cannot be imported (module 'triton' has no attribute 'knobs')",
             "or use backend='aten'",
             id="a triton that lacks what the kernels use",
         ),

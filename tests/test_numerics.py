@@ -237,6 +237,8 @@ STRIDES = {
     "dy transposed": {"dy": transposed},
     "dy sliced": {"dy": sliced},
     "dy expanded": {"dy": expanded},
+    "bias strided": {"bias": lambda t: t.repeat_interleave(2)[::2]},
+    "bias expanded": {"bias": expanded},
 }
 
 
@@ -250,6 +252,18 @@ def test_any_strides(strides, path, force, device):
     changed = {name: change(getattr(case, name)) for name, change in STRIDES[strides].items()}
     case = replace(case, **changed)
     assert violations(results(ATEN if path == "aten" else TRITON, case), case) == []
+
+
+@kernels
+@pytest.mark.parametrize("path", (*PATHS, "aten"))
+def test_what_a_hook_lays_out_anew_for_backward_is_read_right(path, force, device):
+    """Hooks on saved tensors may return equal ones of other strides."""
+    if path != "aten":
+        force(path)
+    case = make_case(33, 56, 72, 8, BF16, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(transposed, lambda t: t):
+        ours = results(ATEN if path == "aten" else TRITON, case)
+    assert violations(ours, case) == []
 
 
 @kernels

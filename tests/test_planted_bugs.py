@@ -118,17 +118,17 @@ RANK_GRAD = (
         "(offs_m < M - 1)[:, None] & inside_c",
     ),
     Bug("last rank not written", grad, "inside_r = offs_r < r", "inside_r = offs_r < r - 1"),
-    Bug("last split dropped", grad, "tl.range(0, SPLITS)", "tl.range(0, SPLITS - 1)", shapes=SPLIT),
+    Bug("last split dropped", grad, "tl.range(0, splits)", "tl.range(0, splits - 1)", shapes=SPLIT),
     Bug("counters not zeroed", shrink, "if ZERO:", "if False:", shapes=SPLIT),
 )
 DROPPED = tuple(
     Bug(*bug, options={"dropout_p": 0.5})
     for bug in (
-        ("S without 1 / (1 - p)", triton_backend, "scale / (1.0 - dropout_p)", "scale"),
+        ("S without 1 / (1 - p)", triton_backend, "scale * dropout.keep_scale(dropout_p)", "scale"),
         (
             "dS without 1 / (1 - p)",
             triton_backend,
-            "scale_value / (1.0 - dropout_p)",
+            "scale_value * dropout.keep_scale(dropout_p)",
             "scale_value",
         ),
         ("S of what was dropped", shrink, "BLOCK_K) != 0, x", "BLOCK_K) == 0, x"),

@@ -33,7 +33,7 @@ from fused_lora.adapter_pack import ids_of_samples, pack_for_call
 from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.explain import DEFAULT_TOKENS
 from fused_lora.four_bit import lora_linear_4bit, unpacks
-from fused_lora.functional import BACKENDS, lora_linear
+from fused_lora.functional import BACKENDS, lora_linear, transformed
 from fused_lora.multi import multi_lora_linear
 
 __all__ = ["PatchReport", "call_counts", "disable", "enable", "explain", "patch", "unpatch"]
@@ -380,6 +380,8 @@ def _why_peft(
         return "tensor parallel"
     if A is None or B is None or A.dim() != 2 or B.dim() != 2:
         return "lora_A or lora_B is sharded"
+    if x.is_nested:
+        return "x is a nested tensor"
     if not (x.is_floating_point() and A.is_floating_point() and B.is_floating_point()):
         return f"x is {_name(x.dtype)}, lora_A {_name(A.dtype)}"
     if not x.device == A.device == B.device:
@@ -396,6 +398,8 @@ def _why_peft(
         return f"{_name(x.dtype)} x under autocast in {_name(_compute_dtype(x))}"
     if torch.compiler.is_compiling():
         return "being exported" if torch.compiler.is_exporting() else None
+    if transformed():
+        return "inside of a torch.func transform or forward-mode differentiation"
     return "global module hooks" if _has_any_global_hook() else None
 
 
