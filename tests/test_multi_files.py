@@ -52,7 +52,8 @@ def served(model, names):
 
 def state(model):
     """All that a refused call must leave: every bit, every place in memory, names and ids."""
-    tensors = {key: t for key, t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+    state = model.state_dict()
+    tensors = {key: t for key, t in state.items() if not key.endswith("_extra_state")}
     places = {key: t.data_ptr() for key, t in tensors.items()}
     entries = {path: dict(layer.pack._entries) for path, layer in pack_layers(model).items()}
     return {key: t.clone() for key, t in tensors.items()}, places, entries

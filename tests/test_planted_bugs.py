@@ -135,8 +135,8 @@ DROPPED = tuple(
         (
             "mask stored wrong",
             shrink,
-            "                            packed,",
-            "                            packed ^ 255,",
+            "                        packed,",
+            "                        packed ^ 255,",
         ),
         ("dX without the mask", matmul, "keep != 0", "keep < 2"),
         ("dA without the mask", grad, "keep != 0", "keep < 2"),
