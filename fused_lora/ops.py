@@ -61,7 +61,8 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     return (
         f"x is on {device}, the kernels run on a GPU: move the layer there, or use backend='aten' "
-        "(for tests, TRITON_INTERPRET=1 set before the first import runs the kernels on a CPU)"
+        "(for tests, TRITON_INTERPRET=1 set before the first import runs the kernels on a CPU, in "
+        "fp32 and fp16: Triton's interpreter computes bf16 wrongly)"
     )
 
 

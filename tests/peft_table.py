@@ -176,6 +176,14 @@ def distributed(model, x):
         dist.destroy_process_group()
 
 
+def tangents(model, x):
+    return torch.func.jvp(model, (x,), (x,))[1]
+
+
+def nested(model, x):
+    return model(torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values()
+
+
 def token_ids(model, x):
     return model(torch.arange(TOKENS))
 
@@ -243,6 +251,8 @@ FEATURES = [
     ),
     Feature("DTensor weights", run=distributed),
     Feature("torch.export", run=exported),
+    Feature("torch.func.jvp", run=tangents),
+    Feature("nested (jagged) x", run=nested),
     Feature(
         "adapter on nn.Embedding",
         {"model": lambda: nn.Sequential(nn.Embedding(TOKENS, 4)), "target_modules": ["0"]},
