@@ -23,11 +23,11 @@ import triton
 from triton.runtime import driver
 
 INTERPRETING = triton.knobs.runtime.interpret
-MAX_TAPES = 8192
+MAX_TAPES = 2048  # batches of ever new sizes record ever new ones
 MAX_MAPS = 4096  # tensor maps kept per argument: one for each layer of this shape, and each buffer
 _tapes: dict[tuple, Tape] = {}
 _thread = threading.local()
-_encoding = threading.Lock()
+_making_room = threading.Lock()
 
 
 def play(function, inputs, options):
@@ -58,10 +58,16 @@ def play(function, inputs, options):
     finally:
         _thread.tape = None
     if tape.end(outputs):
-        if len(_tapes) >= MAX_TAPES:
-            _tapes.clear()
-        _tapes[key] = tape
+        with _making_room:
+            _keep(_tapes, key, tape, MAX_TAPES)
     return outputs
+
+
+def _keep(kept: dict, key, value, most: int) -> None:
+    """kept[key] = value, in the place of the oldest where there are as many as there may be."""
+    if len(kept) >= most:
+        del kept[next(iter(kept))]
+    kept[key] = value
 
 
 def forget() -> None:
@@ -187,12 +193,10 @@ class Launch:
         for i, slot in self.descriptors:
             arguments[i] = arguments[i].at(addresses[slot])
         expanded = self._expanded(arguments)[-1]
-        with _encoding:  # threads that serve one layer make room for each other's maps
+        with _making_room:  # threads that serve one layer would take the same map to be the oldest
             for i, slot, known in self.maps:
                 if addresses[slot] not in known:
-                    if len(known) >= MAX_MAPS:
-                        del known[next(iter(known))]  # the oldest
-                    known[addresses[slot]] = expanded[i]
+                    _keep(known, addresses[slot], expanded[i], MAX_MAPS)
         return expanded
 
     def _expanded(self, arguments):

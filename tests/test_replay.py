@@ -58,3 +58,12 @@ def test_recorded_launches_carry_programmatic_dependence(facts):
 
 def test_the_layers_of_a_deep_model_keep_their_tensor_maps(facts):
     assert facts[replay_facts.MAPS] == {"1": 0, "100": 0}
+
+
+def test_where_all_places_are_taken_the_oldest_makes_room():
+    from fused_lora.kernels import tape
+
+    kept = {}
+    for key in "abcd":
+        tape._keep(kept, key, key.upper(), 3)
+    assert kept == {"b": "B", "c": "C", "d": "D"}
