@@ -46,7 +46,7 @@ def rank_grad_kernel(
     WANT_A: tl.constexpr,
     WANT_B: tl.constexpr,
     DROPOUT: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     BEHIND: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -84,7 +84,7 @@ def rank_grad_kernel(
                 stride_dbn,
                 stride_mm,
                 False,
-                SPLIT,
+                SPLITS,
                 INPUT_PRECISION,
                 BLOCK_M,
                 BLOCK_C,
@@ -113,7 +113,7 @@ def rank_grad_kernel(
                 stride_dak,
                 stride_mm,
                 DROPOUT,
-                SPLIT,
+                SPLITS,
                 INPUT_PRECISION,
                 BLOCK_M,
                 BLOCK_C,
@@ -145,7 +145,7 @@ def _one_tile(
     stride_oc,
     stride_mm,
     DROPOUT: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLITS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -205,20 +205,19 @@ def _one_tile(
         + offs_r.to(tl.int64)[None, :] * stride_or
     )
     inside = inside_c[:, None] & inside_r[None, :]
-    if not SPLIT:
+    if SPLITS == 1:
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        splits = tl.num_programs(0)
         # partials [column tile, rank block, split, BLOCK_C, BLOCK_R], tiles as the grid counts them
         slot = tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
         offs = tl.arange(0, BLOCK_C)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-        base = partial_ptr + slot.to(tl.int64) * splits * (BLOCK_C * BLOCK_R) + offs
+        base = partial_ptr + slot.to(tl.int64) * (SPLITS * BLOCK_C * BLOCK_R) + offs
         tl.store(base + split * (BLOCK_C * BLOCK_R), acc)
         tl.debug_barrier()  # all threads' stores before the one that announces them
         arrived = tl.atomic_add(counter_ptr + slot, 1, sem="acq_rel", scope="gpu")
-        if arrived == splits - 1:
+        if arrived == SPLITS - 1:
             total = tl.zeros((BLOCK_C, BLOCK_R), dtype=tl.float32)
-            for i in tl.range(0, splits):
+            for i in tl.range(0, SPLITS):
                 total += tl.load(base + i * (BLOCK_C * BLOCK_R), cache_modifier=".cg")
             tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -299,7 +298,7 @@ def rank_grad(
             want_A,
             want_B,
             mask is not None,
-            splits > 1,
+            splits,
             behind,
             input_precision,
             config.BLOCK_M,

@@ -118,7 +118,7 @@ RANK_GRAD = (
         "(offs_m < M - 1)[:, None] & inside_c",
     ),
     Bug("last rank not written", grad, "inside_r = offs_r < r", "inside_r = offs_r < r - 1"),
-    Bug("last split dropped", grad, "tl.range(0, splits)", "tl.range(0, splits - 1)", shapes=SPLIT),
+    Bug("last split dropped", grad, "tl.range(0, SPLITS)", "tl.range(0, SPLITS - 1)", shapes=SPLIT),
     Bug("counters not zeroed", shrink, "if ZERO:", "if False:", shapes=SPLIT),
 )
 DROPPED = tuple(
