@@ -133,8 +133,9 @@ def load_adapter(
                 f"{path} is sharded: load an adapter before fully_shard or parallelize_module, or "
                 "its tensors by torch.distributed.checkpoint.state_dict"
             )
-        if layer.why_not_write() is not None:
-            raise RuntimeError(f"{path}: {layer.why_not_write()}")
+        reason = layer.why_not_write()
+        if reason is not None:
+            raise RuntimeError(f"{path}: {reason}")
         _check_factors(path, layer, *adapter.factors[path])
         if not layer.has_base:
             raise RuntimeError(
@@ -236,6 +237,7 @@ def _written(model: nn.Module, extras: dict[str, Tensor]) -> Iterator[None]:
 def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | None) -> Adapter:
     layers = require_layers(model)
     for path, layer in layers.items():
+        require_values(path, layer)
         for letter in "AB":
             if not layer.adapters_ready:
                 raise ValueError(f"{path}.lora_{letter} is not initialised: nothing to save yet")
@@ -260,8 +262,6 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
             raise ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
         parameters = _parameters(model)
         extras |= {k: p for k, p in parameters.items() if any(k.startswith(f"{q}.") for q in paths)}
-    for path, layer in layers.items():
-        require_values(path, layer)
     rslora = {layer.use_rslora for layer in layers.values()}
     alphas = {
         path: layer.lora_alpha if len(rslora) == 1 else layer.scaling * layer.r

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused_lora.layer import is_to_empty
 from fused_lora.scale import NOBODY, RANK_PADDING, Adapters
 
 
@@ -285,8 +286,7 @@ class AdapterPack(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterPack:
         was_meta = self.owner.is_meta
         super()._apply(fn, recurse)
-        emptied = "to_empty" in getattr(fn, "__qualname__", "")
-        if (emptied or was_meta) and not self.owner.is_meta:  # nothing is there but room
+        if (is_to_empty(fn) or was_meta) and not self.owner.is_meta:  # nothing is there but room
             self._reset()
         exact = torch.promote_types(self.lora_A.dtype, torch.float32)
         if self.scaling.dtype != exact:  # .half() and the like: a scaling stays exact
@@ -309,7 +309,10 @@ class AdapterPack(nn.Module):
         return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self._entries = _entries_of(state)
+        self._entries = {
+            name: _Entry(adapter_id, r, scaling, tuple(blocks))
+            for name, (adapter_id, r, scaling, blocks) in json.loads(bytes(state.tolist())).items()
+        }
 
     def _load_from_state_dict(
         self,
@@ -349,13 +352,6 @@ class AdapterPack(nn.Module):
                     "max_adapters"
                 )
         return None
-
-
-def _entries_of(state: Tensor) -> dict[str, _Entry]:
-    return {
-        name: _Entry(adapter_id, r, scaling, tuple(blocks))
-        for name, (adapter_id, r, scaling, blocks) in json.loads(bytes(state.tolist())).items()
-    }
 
 
 def _blocks_of(r: int) -> int:

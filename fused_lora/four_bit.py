@@ -25,11 +25,9 @@ def unpacks(base: nn.Module, x: Tensor) -> bool:
     layers = bitsandbytes.nn
     if type(base) not in (layers.Linear4bit, layers.LinearNF4, layers.LinearFP4) or hooked(base):
         return False
-    state = getattr(base.weight, "quant_state", None)  # which FSDP keeps elsewhere
-    if state is None or getattr(state, "packing_format_for_cpu", False):
-        return False
-    if tuple(state.shape) != (base.out_features, base.in_features):
-        return False  # packed from a transposed weight
+    state = state_of(base)
+    if state is None or tuple(state.shape) != (base.out_features, base.in_features):
+        return False  # or packed from a transposed weight
     computed = base.compute_dtype or x.dtype
     if computed not in _DTYPES or not (
         computed == x.dtype or torch.is_autocast_enabled(x.device.type)
@@ -37,6 +35,13 @@ def unpacks(base: nn.Module, x: Tensor) -> bool:
         return False
     features: int = base.in_features  # type: ignore[assignment]
     return x.numel() >= least_tokens(x.device) * features
+
+
+def state_of(base: nn.Module) -> Any:
+    """How the weight of a 4-bit layer is packed; None where FSDP keeps that elsewhere, or where
+    bitsandbytes has repacked the weight for its own product on a CPU."""
+    state = getattr(base.weight, "quant_state", None)
+    return None if getattr(state, "packing_format_for_cpu", False) else state
 
 
 def least_tokens(device: torch.device) -> int:

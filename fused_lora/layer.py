@@ -93,8 +93,9 @@ class LoRALayer(nn.Module):
             return "the layer is merged already: call unmerge() before merging again"
         if not self.adapters_ready:
             return "lora_A and lora_B are not initialised: there is nothing to merge"
-        if self.why_not_write() is not None:
-            return self.why_not_write()
+        unwritable = self.why_not_write()
+        if unwritable is not None:
+            return unwritable
         if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
             return (
                 "FSDP holds the base weight and would put the unmerged one back: gather the "
@@ -103,9 +104,14 @@ class LoRALayer(nn.Module):
             )
         return None
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the adapter's values are elsewhere, as accelerate keeps them."""
+        return self.adapters_ready and self.lora_A.is_meta
+
     def why_not_write(self) -> str | None:
         """Why the layer's Parameters cannot be exchanged in place, None if they can."""
-        if self.adapters_ready and self.lora_A.is_meta:
+        if self.offloaded:
             return (
                 "accelerate has offloaded the parameters, and would put the old ones back: call "
                 "accelerate.hooks.remove_hook_from_submodules(model) first"
@@ -117,6 +123,11 @@ class LoRALayer(nn.Module):
                 "torch.nn.utils.parametrize.remove_parametrizations or prune.remove first"
             )
         return None
+
+    def _require_writable(self) -> None:
+        reason = self.why_not_write()
+        if reason is not None:
+            raise RuntimeError(reason)
 
     _written: tuple[str, ...] = ("lora_A", "lora_B")
     """What `set_adapter`, `merge` and `unmerge` exchange."""
@@ -155,9 +166,7 @@ class LoRALayer(nn.Module):
                 "lora_A and lora_B are sharded: set an adapter before fully_shard or "
                 "parallelize_module, or load it by torch.distributed.checkpoint.state_dict"
             )
-        reason = self.why_not_write()
-        if reason is not None:
-            raise RuntimeError(reason)
+        self._require_writable()
         r = lora_A.shape[0] if lora_A.dim() == 2 else 0
         expected = ((r, self.in_features), (self.out_features, r))
         if r < 1 or (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
@@ -259,10 +268,14 @@ class LoRALayer(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:
         was_meta = self.lora_A.is_meta
         super()._apply(fn, recurse)
-        emptied = "to_empty" in getattr(fn, "__qualname__", "")
-        if emptied or (was_meta and not self.lora_A.is_meta):
+        if is_to_empty(fn) or (was_meta and not self.lora_A.is_meta):
             self.adapters_ready = False
         return self
+
+
+def is_to_empty(fn: Any) -> bool:
+    """Whether nn.Module._apply was given the function of `to_empty`, which leaves no values."""
+    return "to_empty" in getattr(fn, "__qualname__", "")
 
 
 class _Merged(torch.autograd.Function):

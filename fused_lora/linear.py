@@ -236,8 +236,7 @@ class FusedLoRALinear(LoRALayer):
         has not moved since); returns self. Raises RuntimeError if not merged or not kept."""
         if not self._merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
-        if self.why_not_write() is not None:
-            raise RuntimeError(self.why_not_write())
+        self._require_writable()
         base = self._base_weight()
         if not isinstance(base, nn.Parameter):
             base = nn.Parameter(base, requires_grad=self.weight.requires_grad)

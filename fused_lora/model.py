@@ -247,7 +247,7 @@ def all_or_nothing(layers: Iterable[LoRALayer]) -> Iterator[None]:
 
 def require_values(path: str, layer: LoRALayer) -> None:
     """Raise RuntimeError if the adapter's values are not in the layer."""
-    if layer.adapters_ready and layer.lora_A.is_meta:
+    if layer.offloaded:
         raise RuntimeError(f"{path or 'the layer'}: {layer.why_not_write()}")
 
 

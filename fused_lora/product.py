@@ -6,7 +6,7 @@ takes (dY, weight, lora_B^T, lora_A). So is a shrink alone, which forms S and no
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -170,7 +170,16 @@ def adapted_product(
     if plan.chained:
         w = w.to(x.dtype)  # under autocast a copy, for the length of this call
         b, source, packed = _addressable(tape, b, like=x, transposed=w.stride(1) != 1)
-    _shrink_before(plan, x, a, S, scale, pack, precision, draw, counters, source, packed)
+    assert plan.shrink is not None
+    _shrink(
+        *(x, a, S, plan.shrink, plan.shrink_programs, scale, pack, precision),
+        draw=draw,
+        counters=counters,
+        source=source,
+        packed=packed,
+        trigger=plan.chained,
+        in_registers=plan.path == "hopper",
+    )
     mask = None if masked is None else masked.bits
     programs = device_of(x.device).sm_count
     if plan.path == "hopper":  # Gluon, an experimental part of Triton: imported where it is used
@@ -198,47 +207,6 @@ def _addressable(
         return b, None, None
     packed = tape.empty((stored.shape[0], padded_rank(stored.shape[1])))
     return _stored(packed, transposed), stored, packed
-
-
-def _shrink_before(
-    plan: config.Product,
-    x: Tensor,
-    a: Tensor,
-    S: Tensor,
-    scale: Scale,
-    pack: Adapters | None,
-    precision: str,
-    draw: Mask | None,
-    counters: Tensor | None,
-    source: Tensor | None,
-    packed: Tensor | None,
-) -> None:
-    """The launch before the matmul of a plan: S, and whatever else is made on the way."""
-    assert plan.shrink is not None
-    if plan.path == "hopper" and draw is not None:
-        from fused_lora.kernels.shrink_dropout import shrink_dropout
-
-        shrink_dropout(
-            *(x, a, S, plan.shrink, plan.shrink_programs),
-            seed=draw.seed,
-            threshold=dropout.threshold(draw.p),
-            mask=draw.bits,
-            scale=scale.value,
-            scaling=scale.tensor,
-            source=source,
-            packed=packed,
-            trigger=True,
-            adapters=pack,
-        )
-        return
-    _shrink(
-        *(x, a, S, plan.shrink, plan.shrink_programs, scale, pack, precision),
-        draw=draw,
-        counters=counters,
-        source=source,
-        packed=packed,
-        trigger=plan.chained,
-    )
 
 
 def adapter_alone(
@@ -299,25 +267,27 @@ def _shrink(
     source: Tensor | None = None,
     packed: Tensor | None = None,
     trigger: bool = False,
+    in_registers: bool = False,
 ) -> None:
-    shrink(
-        x,
-        a,
-        S,
-        tiles,
-        programs,
-        scale=scale.value,
-        scaling=scale.tensor,
-        seed=None if draw is None else draw.seed,
-        threshold=0 if draw is None else dropout.threshold(draw.p),
-        mask=None if draw is None else draw.bits,
-        source=source,
-        packed=packed,
-        counters=counters,
-        trigger=trigger,
-        adapters=pack,
-        input_precision=precision,
-    )
+    """Launch a shrink; `in_registers`, the one that draws a mask without shared memory."""
+    options: dict[str, Any] = {
+        "scale": scale.value,
+        "scaling": scale.tensor,
+        "seed": None if draw is None else draw.seed,
+        "threshold": 0 if draw is None else dropout.threshold(draw.p),
+        "mask": None if draw is None else draw.bits,
+        "source": source,
+        "packed": packed,
+        "trigger": trigger,
+        "adapters": pack,
+    }
+    if in_registers and draw is not None:  # in Gluon, imported where it is used
+        from fused_lora.kernels.shrink_dropout import shrink_dropout
+
+        shrink_dropout(x, a, S, tiles, programs, **options)
+    else:
+        options |= {"counters": counters, "input_precision": precision}
+        shrink(x, a, S, tiles, programs, **options)
 
 
 def device_of(device: torch.device) -> config.Device:

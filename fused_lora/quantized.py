@@ -157,8 +157,7 @@ class QuantizedLoRALinear(LoRALayer):
         not kept."""
         if not self.merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
-        if self.why_not_write() is not None:
-            raise RuntimeError(self.why_not_write())
+        self._require_writable()
         if self._base is None:
             raise RuntimeError(
                 "the base layer was let go by merge(keep_base=False): load it again, or merge with "
@@ -229,10 +228,8 @@ def _dequantized(base: nn.Module) -> Tensor | None:
         return None
     functional = bitsandbytes.functional
     if isinstance(base, bitsandbytes.nn.Linear4bit):
-        state = weight.quant_state
-        if state is None or getattr(state, "packing_format_for_cpu", False):
-            return None
-        return functional.dequantize_4bit(weight.data, state).float()
+        state = four_bit.state_of(base)
+        return None if state is None else functional.dequantize_4bit(weight.data, state).float()
     levels = weight.CB if weight.CB is not None else base.state.CB
     scales = weight.SCB if weight.SCB is not None else base.state.SCB
     if levels is None or scales is None:
