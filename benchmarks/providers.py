@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import four_bit
 import results
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._inductor import select_algorithm
 
 from fused_lora import FusedLoRALinear, QuantizedLoRALinear, explain
+from fused_lora.layer import LoRALayer
 from fused_lora.testing import Case as Inputs
 
 SCALING = 2.0  # lora_alpha = 2 r
@@ -192,15 +194,14 @@ class Fused(Provider):
         if self.backend == "triton" and not inputs.x.is_cuda:
             raise Unavailable("needs a CUDA GPU")
         rank = inputs.lora_A.shape[0]
-        layer = FusedLoRALinear.from_linear(
-            frozen_linear(inputs.weight),
-            r=rank,
-            lora_alpha=inputs.scaling * rank,
-            backend=self.backend,
-        )
+        options = {"r": rank, "lora_alpha": inputs.scaling * rank, "backend": self.backend}
+        layer = self.make(inputs, options)
         layer.lora_A, layer.lora_B = nn.Parameter(inputs.lora_A), nn.Parameter(inputs.lora_B)
         self.explanation = "; ".join(map(str.strip, explain(layer, inputs.x).splitlines()[1:]))
         return _module_layer(layer, inputs, layer.lora_A, layer.lora_B)
+
+    def make(self, inputs: Inputs, options: dict[str, Any]) -> LoRALayer:
+        return FusedLoRALinear.from_linear(frozen_linear(inputs.weight), **options)
 
 
 class FusedFourBit(Fused):
@@ -210,17 +211,9 @@ class FusedFourBit(Fused):
         super().__init__(name, backend="auto")
         self.delta = delta
 
-    def build(self, inputs: Inputs) -> Layer:
-        rank = inputs.lora_A.shape[0]
-        layer = (_ByDelta if self.delta else QuantizedLoRALinear)(
-            four_bit.frozen_linear(inputs.weight),
-            r=rank,
-            lora_alpha=inputs.scaling * rank,
-            adapter_dtype=inputs.lora_A.dtype,
-        )
-        layer.lora_A, layer.lora_B = nn.Parameter(inputs.lora_A), nn.Parameter(inputs.lora_B)
-        self.explanation = "; ".join(map(str.strip, explain(layer, inputs.x).splitlines()[1:]))
-        return _module_layer(layer, inputs, layer.lora_A, layer.lora_B)
+    def make(self, inputs: Inputs, options: dict[str, Any]) -> QuantizedLoRALinear:
+        kind = _ByDelta if self.delta else QuantizedLoRALinear
+        return kind(four_bit.frozen_linear(inputs.weight), **options)
 
 
 class _ByDelta(QuantizedLoRALinear):

@@ -1,25 +1,16 @@
 """Tests of the tests of several adapters: bugs planted into the kernels must break the rule."""
 
-import importlib.util
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from multi_cases import fused, make_batch, make_ids, specified
+from planting import plant
 from shapes import BF16, FP32, PATHS, force_path
 
-from fused_lora import product, triton_backend
 from fused_lora.kernels import decode, matmul, matmul_descriptor, rank_grad, shrink
 from fused_lora.testing import check
 
-LAUNCHERS = {  # who launches the kernels of a module, and by which name
-    shrink: (product, "shrink"),
-    matmul: (product, "matmul"),
-    matmul_descriptor: (product, "descriptor_matmul"),
-    decode: (product, "decode"),
-    rank_grad: (triton_backend, "rank_grad"),
-}
 OWNED = "adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)"
 WANTED = "tl.where(wanted, K, 0)"
 SCALING = "column_scaling_ptr + offs_r,"
@@ -71,20 +62,6 @@ BUGS = (
 )
 
 
-def plant(monkeypatch, folder, module, old, new):
-    """Let the layer run on a copy of `module` in which `old` reads `new`."""
-    source = Path(module.__file__).read_text()
-    assert old in source, "the source has changed: plant this bug anew"
-    name = f"{Path(module.__file__).stem}_with_a_bug"
-    copy = folder / f"{name}.py"
-    copy.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(name, copy)
-    edited = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(edited)
-    room, launcher = LAUNCHERS[module]
-    monkeypatch.setattr(room, launcher, getattr(edited, launcher))
-
-
 @cache
 def batch_of(path, ranks, device):
     """A batch without base weight, and what eager and fp64 make of it."""
@@ -117,7 +94,7 @@ def test_the_rule_accepts_the_kernels_as_they_are(path, monkeypatch, tmp_path, d
     if path not in PATHS:
         pytest.skip("this GPU takes the portable kernel")
     force_path(monkeypatch, path)
-    for module in LAUNCHERS:
+    for module in {module for _, module, *_ in BUGS}:
         plant(monkeypatch, tmp_path, module, "", "")  # copies without an edit
     for ranks in (PAIR,) if path in ("single", "decode") else (FEW, MANY):
         assert found(path, ranks, device) == []

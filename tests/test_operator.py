@@ -63,6 +63,9 @@ def test_a_dispatch_mode_sees_both_operators(case, past):
     with Watching() as mode:
         step(case)
     assert past == [] and set(OPERATORS.values()) <= set(mode.seen)
+    with FlopCounterMode(display=False) as flops:
+        step(case)
+    assert past == [] and flops is not None
 
 
 def test_a_profiler_sees_both_operators(case, past):

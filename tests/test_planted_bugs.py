@@ -4,14 +4,13 @@ A bug is one edit of the source of a module. A copy of the module with this edit
 the original for the length of a test.
 """
 
-import importlib.util
 import itertools
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from planting import LAUNCHERS, matmul_hopper, plant, shrink_dropout
 from shapes import (
     DESCRIPTOR_PATHS,
     DTYPES,
@@ -28,28 +27,12 @@ from shapes import (
     pairwise,
 )
 
-from fused_lora import lora_linear, ops, product, triton_backend
+from fused_lora import lora_linear, product, triton_backend
 from fused_lora.kernels import config, decode, matmul, matmul_descriptor, shrink
 from fused_lora.kernels import rank_grad as grad
 from fused_lora.testing import make_case, violations_of
 
-if "hopper" in PATHS:
-    from fused_lora.kernels import matmul_hopper, shrink_dropout
-else:  # their language does not run here; the bugs below are skipped
-    matmul_hopper = shrink_dropout = None
-
 TRITON = partial(lora_linear, backend="triton")
-LAUNCHERS = {  # who launches the kernels of a module, and by which name
-    shrink: (product, "shrink"),
-    matmul: (product, "matmul"),
-    matmul_descriptor: (product, "descriptor_matmul"),
-    matmul_hopper: (matmul_hopper, "hopper_matmul"),  # these two are imported where they are used
-    shrink_dropout: (shrink_dropout, "shrink_dropout"),
-    decode: (product, "decode"),
-    grad: (triton_backend, "rank_grad"),
-    product: (triton_backend, "adapted_product"),
-    triton_backend: (ops, "triton_backend"),
-}
 RAGGED = ((33, 50, 70, 3), (100, 70, 50, 16), (7, 500, 50, 33))  # M, K, N, r
 SPLIT = ((130, 50, 70, 3), (200, 70, 50, 16))  # enough tokens for rank_grad to split them
 SPLIT_K = ((7, 500, 500, 3), (33, 500, 450, 16))  # enough columns for every split of decode
@@ -100,7 +83,7 @@ SHRINK_AND_PORTABLE = (
         "dy, weight, a, lora_A, dx",
         "dy, weight, a, lora_A * 0, dx",
     ),
-    Bug("S without the scale", product, "scale=scale.value,\n        scaling", "scaling"),
+    Bug("S without the scale", product, '"scale": scale.value', '"scale": 1.0'),
 )
 RANK_GRAD = (
     Bug("dA zero", grad, "tile - tiles_B,\n                rows_per_split", "tile, 0"),
@@ -220,20 +203,6 @@ DRAWN = tuple(
     )
 )
 BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS + HOPPER + DRAWN
-
-
-def plant(monkeypatch, folder, module, old, new):
-    """Let the layer run on a copy of `module` in which `old` reads `new`."""
-    source = Path(module.__file__).read_text()
-    assert old in source, "the source has changed: plant this bug anew"
-    name = f"{Path(module.__file__).stem}_with_a_bug"
-    copy = folder / f"{name}.py"
-    copy.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(name, copy)
-    edited = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(edited)
-    room, launcher = LAUNCHERS[module]
-    monkeypatch.setattr(room, launcher, getattr(edited, launcher, edited))
 
 
 def violations(path, dtype, shape, device, **options):
