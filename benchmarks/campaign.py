@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> int:
         return checkups.run(args.step, Record(args.output, args.step), deadline, args.dry_run)
     device = steps.H100
     if torch.cuda.is_available() and not args.dry_run and not args.compile_only:
-        device = steps.config.device_of(0)
+        device = steps.config.device_of(torch.device("cuda:0"))
     elif not args.dry_run and not args.compile_only:
         print("there is no GPU: use --dry-run or --compile-only", file=sys.stderr)
         return 2

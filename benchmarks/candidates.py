@@ -5,7 +5,9 @@ knows nothing of time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +16,12 @@ from cases import DROPOUT, DROPOUT_SEED
 from results import Case
 from torch import Tensor
 
-from fused_lora import lora_linear
+from fused_lora import dropout, lora_linear, triton_backend
 from fused_lora.kernels import config
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
 from fused_lora.kernels.rank_grad import partial_elements, rank_grad, tile_counts
 from fused_lora.kernels.shrink import shrink
-from fused_lora.kernels.tape import Tape
-from fused_lora.product import adapted_product, device_of, precision_of
 from fused_lora.scale import Scale, padded_rank
 from fused_lora.testing import Case as Inputs
 
@@ -38,19 +38,40 @@ class Operands:
     S: Tensor  # [M, padded r]
     dS: Tensor  # [M, padded r]
 
+    @functools.cached_property
+    def dropped(self) -> tuple[Tensor, Tensor]:
+        """(S, packed mask) of a forward with dropout."""
+        x, seed = self.inputs.x, _seed(self.inputs)
+        bits = dropout.packed_mask(seed, *x.shape, DROPOUT)
+        kept = dropout.keep_scale(DROPOUT) * x * dropout.unpack(bits, x.shape[1])
+        return _states(kept, self.inputs.lora_A, self.inputs.scaling), bits
+
 
 def operands(inputs: Inputs) -> Operands:
-    def states(x: Tensor, factor: Tensor) -> Tensor:
-        S = x.new_zeros((x.shape[0], padded_rank(factor.shape[0])))
-        S[:, : factor.shape[0]] = inputs.scaling * (x.float() @ factor.float().t())
-        return S
-
-    S = states(inputs.x, inputs.lora_A)
-    return Operands(inputs, S, states(inputs.dy, inputs.lora_B.t()))
+    S = _states(inputs.x, inputs.lora_A, inputs.scaling)
+    return Operands(inputs, S, _states(inputs.dy, inputs.lora_B.t(), inputs.scaling))
 
 
-def blank(case: Case) -> Operands:
-    """Operands of a case's sizes on the CPU whose values nobody reads: enough to compile for."""
+def _states(x: Tensor, factor: Tensor, scaling: float) -> Tensor:
+    S = x.new_zeros((x.shape[0], padded_rank(factor.shape[0])))
+    S[:, : factor.shape[0]] = scaling * (x.float() @ factor.float().t())
+    return S
+
+
+def _seed(inputs: Inputs) -> Tensor:
+    return torch.tensor(DROPOUT_SEED, device=inputs.x.device)
+
+
+class Blank(Operands):
+    """Operands on the CPU whose values nobody reads: enough to compile for."""
+
+    @functools.cached_property
+    def dropped(self) -> tuple[Tensor, Tensor]:
+        M, K = self.inputs.x.shape
+        return self.S, torch.empty((M, dropout.packed_columns(K)), dtype=torch.uint8)
+
+
+def blank(case: Case) -> Blank:
     dtype = getattr(torch, case.dtype)
 
     def empty(*shape: int) -> Tensor:
@@ -60,7 +81,17 @@ def blank(case: Case) -> Operands:
     inputs = Inputs(
         empty(M, K), empty(N, K), empty(r, K), empty(N, r), None, empty(M, N), scaling=1.0
     )
-    return Operands(inputs, empty(M, padded_rank(r)), empty(M, padded_rank(r)))
+    return Blank(inputs, empty(M, padded_rank(r)), empty(M, padded_rank(r)))
+
+
+@contextlib.contextmanager
+def forced(choice: str | config.Product) -> Iterator[None]:
+    """Within it, the library takes this path or plan."""
+    before, config.FORCED = config.FORCED, choice
+    try:
+        yield
+    finally:
+        config.FORCED = before
 
 
 @dataclass(frozen=True)
@@ -168,85 +199,71 @@ class Shrink(Directed):
 
 
 @dataclass(frozen=True)
-class Path(Directed):
-    """The whole Y = X W + (s X A^T) B by a plan."""
+class Planned(Candidate):
+    """The library's own forward ("fwd"), dX alone ("dx") or dX, dA and dB ("bwd"), by this plan."""
 
+    of: str
     plan: config.Product
+    dropout: bool = False
 
-    def prepare_side(self, s: Side, scaling: float) -> Call:
-        return lambda: {s.result: _run(self.plan, s, scaling)}
+    @property
+    def rule(self) -> str:  # type: ignore[override]
+        return "dropout" if self.dropout else "eager"
+
+    def prepare(self, o: Operands) -> Call:
+        i, scale = o.inputs, Scale(o.inputs.scaling, None)
+        p, seed = (DROPOUT, _seed(i)) if self.dropout else (0.0, None)
+        factors = (i.weight, i.lora_A, i.lora_B)
+        if self.of == "fwd":
+
+            def forward() -> Results:
+                with forced(self.plan):
+                    made = triton_backend.forward(
+                        *(i.x, *factors, None, scale, p, seed, None), for_backward=False
+                    )
+                return {"y": made[0]}
+
+            return forward
+        S, bits = o.dropped if self.dropout else (o.S, None)
+        needs = (True, self.of == "bwd", self.of == "bwd")
+
+        def backward() -> Results:
+            with forced(self.plan):
+                made = triton_backend.backward(
+                    *(i.dy, i.x, *factors, S, bits, scale, p, None, *needs)
+                )
+            names = ("dx", "dA", "dB")
+            return {name: t for name, t in zip(names, made, strict=True) if t is not None}
+
+        return backward
 
 
 @dataclass(frozen=True)
 class RankGrad(Candidate):
-    """dA and dB in one launch, and the memset of their counters that shrink does in the layer."""
+    """dA and dB in one launch, and the memset of its counters that shrink does in the layer."""
 
     tiles: config.RankGrad
 
     def prepare(self, o: Operands) -> Call:
-        def call() -> Results:
-            return _rank_grad(self.tiles, o, o.dS, _Counters(self.tiles, o, zeroed=True))
-
-        return call
-
-
-@dataclass(frozen=True)
-class Backward(Candidate):
-    """shrink, dX and rank_grad, as the layer launches them on the paths hopper and pdl."""
-
-    plan: config.Product
-    tiles: config.RankGrad
-    behind: bool
-
-    def prepare(self, o: Operands) -> Call:
-        s = side(o, "dx")
-
-        def call() -> Results:
-            dS = torch.empty_like(o.dS)
-            counters = _Counters(self.tiles, o, zeroed=False)
-            dx = _run(self.plan, s, o.inputs.scaling, S=dS, counters=counters.tensor)
-            return {"dx": dx} | _rank_grad(self.tiles, o, dS, counters, self.behind)
-
-        return call
-
-
-class _Counters:
-    """What rank_grad needs beside its results: splits, partial sums, counters."""
-
-    def __init__(self, tiles: config.RankGrad, o: Operands, *, zeroed: bool) -> None:
         i = o.inputs
         (M, K), (N, r) = i.x.shape, i.lora_B.shape
-        counts = tile_counts(K, N, r, tiles, True, True)
+        counts = tile_counts(K, N, r, self.tiles, True, True)
         slots = sum(counts[:2]) * counts[2]
-        self.splits = config.rank_grad_splits(device_of(i.x.device), slots, M, tiles)
-        self.partial = self.tensor = None
-        if self.splits > 1:
-            elements = partial_elements(counts, self.splits, r, tiles)
-            self.partial = i.x.new_empty(elements, dtype=torch.float32)
-            self.tensor = (i.x.new_zeros if zeroed else i.x.new_empty)(slots, dtype=torch.int32)
-        self.dA, self.dB = torch.empty_like(i.lora_A), torch.empty_like(i.lora_B)
+        splits = config.rank_grad_splits(config.device_of(i.x.device), slots, M, self.tiles)
 
+        def call() -> Results:
+            dA, dB = torch.empty_like(i.lora_A), torch.empty_like(i.lora_B)
+            partial = counters = None
+            if splits > 1:
+                elements = partial_elements(counts, splits, r, self.tiles)
+                partial = i.x.new_empty(elements, dtype=torch.float32)
+                counters = i.x.new_zeros(slots, dtype=torch.int32)
+            shared = {"partial": partial, "counters": counters}
+            factors = {"x": i.x, "dS": o.dS, "dA": dA, "dY": i.dy, "S": o.S, "dB": dB}
+            rank_grad(self.tiles, splits, M, r, **factors, **shared)
+            return {"dA": dA, "dB": dB}
 
-def _rank_grad(
-    tiles: config.RankGrad, o: Operands, dS: Tensor, c: _Counters, behind: bool = False
-) -> Results:
-    i = o.inputs
-    rank_grad(
-        tiles,
-        c.splits,
-        i.x.shape[0],
-        i.lora_B.shape[1],
-        x=i.x,
-        dS=dS,
-        dA=c.dA,
-        dY=i.dy,
-        S=o.S,
-        dB=c.dB,
-        partial=c.partial,
-        counters=c.tensor,
-        behind=behind,
-    )
-    return {"dA": c.dA, "dB": c.dB}
+        return call
 
 
 @dataclass(frozen=True)
@@ -273,16 +290,12 @@ class Layer(Candidate):
         forward = self._function(o.inputs)
 
         def call() -> Results:
-            forced, config.PATH = config.PATH, self.path
-            try:
-                with torch.set_grad_enabled(self.mode != "fwd"):
-                    y = forward(leaves["dx"], o.inputs.weight, leaves["dA"], leaves["dB"])
-                    if self.mode == "fwd":
-                        return {"y": y}
-                    grads = torch.autograd.grad(y, tuple(leaves.values()), o.inputs.dy)
-                return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
-            finally:
-                config.PATH = forced
+            with forced(self.path), torch.set_grad_enabled(self.mode != "fwd"):
+                y = forward(leaves["dx"], o.inputs.weight, leaves["dA"], leaves["dB"])
+                if self.mode == "fwd":
+                    return {"y": y}
+                grads = torch.autograd.grad(y, tuple(leaves.values()), o.inputs.dy)
+            return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
         return call
 
@@ -294,8 +307,7 @@ class Layer(Candidate):
             return lambda *tensors: function(*tensors, inputs.scaling)
         options: dict[str, Any] = {"scaling": inputs.scaling, "backend": self.compute}
         if self.dropout:
-            seed = torch.tensor(DROPOUT_SEED, device=inputs.x.device)
-            options |= {"dropout_p": DROPOUT, "seed": seed}
+            options |= {"dropout_p": DROPOUT, "seed": _seed(inputs)}
         return lambda *tensors: lora_linear(*tensors, **options)
 
 
@@ -317,21 +329,4 @@ def _matmul(
         from fused_lora.kernels.matmul_hopper import hopper_matmul
 
         run = hopper_matmul
-    run(x, w, y, tiles, device_of(x.device).sm_count, b=b, S=S)
-
-
-def _run(
-    plan: config.Product,
-    s: Side,
-    scaling: float,
-    S: Tensor | None = None,
-    counters: Tensor | None = None,
-) -> Tensor:
-    """y of a plan. S to write to and counters to zero may be given where it has a shrink."""
-    y = s.new_result()
-    tape = Tape([s.x])  # which nobody plays: it only allocates
-    operands = (s.x, s.w, s.a, s.b, y, S)
-    adapted_product(
-        *(tape, plan, *operands, Scale(scaling, None), None, precision_of(s.x)), counters=counters
-    )
-    return y
+    run(x, w, y, tiles, config.device_of(x.device).sm_count, b=b, S=S)

@@ -217,7 +217,7 @@ def small_shapes() -> list[str]:
     fused = functools.partial(lora_linear, backend="triton")
     for path in config.PATHS:
         for M, dtype, p in ((16, "bfloat16", 0.0), (200, "bfloat16", 0.0), (200, "float32", 0.25)):
-            config.PATH = path
+            config.FORCED = path
             tape.forget()
             case = testing.make_case(M, 328, 200, 16, getattr(torch, dtype), device=device)
             options = {"dropout_p": p, "seed": torch.tensor(3, device=device)} if p else {}

@@ -102,7 +102,7 @@ def _start() -> None:
     torch.set_num_threads(1)
     driver.set_active(_Target(GPUTarget("cuda", 90, 32)))
     h100 = config.Device("compiling", "cuda", 90, 132)
-    config.device_of = lambda index: h100
+    config.device_of = lambda device: h100
     ops.why_not_triton = lambda x: None
     launch.run = _compile_only
     tape.recording = launch.recording = lambda: None

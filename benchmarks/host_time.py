@@ -70,7 +70,7 @@ def use_stub() -> None:
 
     driver.set_active(StubDriver())
     h100 = config.Device("stub", "cuda", 90, 132)
-    config.device_of = lambda index: h100
+    config.device_of = lambda device: h100
     ops.why_not_triton = lambda x: None
 
 
@@ -100,7 +100,7 @@ def measure_path(path: str, tokens: int, device: str = "cpu") -> dict:
     from fused_lora.kernels import config, tape
 
     backend = "aten" if path == "aten" else "triton"
-    config.PATH = "auto" if path == "aten" else path
+    config.FORCED = "auto" if path == "aten" else path
     options = {"dtype": torch.bfloat16, "device": device}
     layers = [
         FusedLoRALinear(512, 512, bias=False, r=16, backend=backend, **options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from candidates import Backward, Candidate, Layer, Path, Product, RankGrad, Shrink
+from candidates import Candidate, Layer, Planned, Product, RankGrad, Shrink
 from results import Case
 from trial import Group
 
@@ -62,22 +62,9 @@ def plan_of(
 ) -> config.Product:
     """The library's own plan for a path, as if FUSED_LORA_PATH named it."""
     N, K = (case.N, case.K) if direction == "fwd" else (case.K, case.N)
-    forced, config.PATH = config.PATH, path
-    try:
-        plan = config.choose_product(
-            device,
-            16,
-            case.M,
-            N,
-            K,
-            case.r,
-            dropout=False,
-            masked_output=False,
-            followed=followed,
-            describable=True,
-        )
-    finally:
-        config.PATH = forced
+    sizes = (case.M, N, K, case.r)
+    options = {"drawn": False, "masked": False, "followed": followed, "addressable": True}
+    plan = config.choose_product(path, device, 16, *sizes, **options)
     assert plan.path == path, f"{case} cannot take {path}: {plan.reason}"
     return plan
 
@@ -143,7 +130,7 @@ def paths(device: config.Device) -> list[Group]:
         candidates: list[Candidate] = [
             Product(PLAIN, directions, "matmul_descriptor", tiles, adapter=False),
             Product("S given", directions, "matmul_descriptor", tiles, adapter=True),
-            *(Path(name, directions, plan) for name, plan in plans.items()),
+            *(Planned(name, direction, plan) for name, plan in plans.items()),
         ]
         if direction == "fwd":
             candidates += [Layer(name, name, "fwd") for name in ("aten", "addmm")]
@@ -194,9 +181,11 @@ def shrink(device: config.Device) -> list[Group]:
         candidates: list[Candidate] = [
             Product(PLAIN, FWD, "matmul_descriptor", pdl.matmul, adapter=False)
         ]
-        candidates += [Path(f"pdl {n} SMs", FWD, replace(pdl, shrink_programs=n)) for n in counts]
+        candidates += [
+            Planned(f"pdl {n} SMs", "fwd", replace(pdl, shrink_programs=n)) for n in counts
+        ]
         every = replace(pdl, shrink=smaller, shrink_programs=device.sm_count)
-        candidates.append(Path("pdl all SMs, 64 rows", FWD, every))
+        candidates.append(Planned("pdl all SMs, 64 rows", "fwd", every))
         groups.append(
             Group(
                 f"shrink window {case}",
@@ -232,16 +221,16 @@ def backward(device: config.Device) -> list[Group]:
         case = _case("dx", shape, r)
         plan = plan_of("hopper", device, case, "dx", followed=True)
         assert plan.matmul is not None
+        deeper = replace(default, num_stages=3)
         candidates: list[Candidate] = [
             Product(PLAIN, DX, "matmul_hopper", plan.matmul, adapter=False),
-            Backward("after", plan, default, behind=False),
-            Backward("behind", plan, default, behind=True),
-            Backward("behind, 3 stages", plan, replace(default, num_stages=3), behind=True),
+            Planned("behind", "bwd", plan),
+            Planned("behind, 3 stages", "bwd", replace(plan, rank_grad=deeper)),
         ]
         first = {}
         if shape == SQUARE:
             pdl = MODEL[SQUARE]["pdl"][r]
-            first = {"after": pdl + RANK_GRAD_SHARE, "behind": pdl + RESIDENT_SHARE[r]}
+            first = {"behind": pdl + RESIDENT_SHARE[r]}
         first = {name: round(ratio, 3) for name, ratio in first.items()}
         groups.append(Group(f"backward {case}", case, DX, candidates, first, yardstick=PLAIN))
     step = (2 * MODEL[SQUARE]["pdl"][16] * PLAIN_GAP + RANK_GRAD_SHARE) / 2
@@ -267,15 +256,15 @@ def decode(device: config.Device) -> list[Group]:
                 case = _case("fwd", (M, 4096, N), r)
                 plan = plan_of("decode", device, case)
                 candidates: list[Candidate] = [
-                    Path(
+                    Planned(
                         f"BLOCK_N {block} SPLITS {splits}",
-                        FWD,
+                        "fwd",
                         replace(plan, decode=config.Decode(block, 128, splits, 4, 3, 64)),
                     )
                     for block in (64, 128)
                     for splits in (1, 2, 4, 8)
                 ]
-                candidates += [Path("pdl", FWD, plan_of("pdl", device, case))]
+                candidates += [Planned("pdl", "fwd", plan_of("pdl", device, case))]
                 candidates += [Layer(name, name, "fwd") for name in ("aten", "addmm")]
                 best = "BLOCK_N 64 SPLITS 2" if N == 4096 else "BLOCK_N 64 SPLITS 1"
                 predicted = {best: DECODE[N]} if r == 16 else {}

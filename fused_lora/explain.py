@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fused_lora import ops
 from fused_lora.functional import autocasted
+from fused_lora.kernels import config
 from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import holds_peft_layers
@@ -107,9 +108,10 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
     K, N = layer.in_features, layer.out_features
     addressable = all(size * dtype.itemsize % 16 == 0 for size in (K, N))
     for direction, outputs, inputs, masked in (("forward", N, K, False), ("dX", K, N, drawn)):
-        plan = ops.triton_backend.plan_product(
-            device,
-            dtype,
+        plan = config.choose_product(
+            config.FORCED,
+            config.device_of(device),
+            8 * dtype.itemsize,
             tokens,
             outputs,
             inputs,

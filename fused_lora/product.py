@@ -38,37 +38,8 @@ def new_mask(tape: Tape, M: int, K: int, dropout_p: float, seed: Tensor | None) 
     return Mask(tape.empty((M, dropout.packed_columns(K)), torch.uint8), dropout_p, seed)
 
 
-def plan_product(
-    device: torch.device,
-    dtype: torch.dtype,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    *,
-    drawn: bool,
-    masked: bool,
-    followed: bool,
-    addressable: bool,
-) -> config.Product:
-    """How Y [M, N] = X [M, K] W + S B runs. drawn: X is dropped before the adapter; masked: the
-    adapter term is masked; followed: rank_grad runs next; addressable: X, W and Y by tensor
-    descriptors."""
-    return config.choose_product(
-        device_of(device),
-        8 * dtype.itemsize,
-        M,
-        N,
-        K,
-        r,
-        dropout=drawn,
-        masked_output=masked,
-        followed=followed,
-        describable=addressable,
-    )
-
-
 def plan_for(
+    forced: str | config.Product,
     x: Tensor,
     w: Tensor,
     a: Tensor,
@@ -78,7 +49,8 @@ def plan_for(
     masked: Mask | None = None,
     followed: bool = False,
 ) -> config.Product:
-    """How `adapted_product` runs on these operands."""
+    """How `adapted_product` runs on these operands; forced: as `config.FORCED`, followed: by
+    rank_grad."""
     transposed = w.stride(1) != 1
     addressable = describable(x) and describable(y) and 1 in w.stride()
     stored_w = _stored(w, transposed)
@@ -87,9 +59,10 @@ def plan_for(
     else:  # autocast: the copy that is made of it has rows of exactly its width
         addressable = addressable and stored_w.shape[1] * x.element_size() % 16 == 0
     M, K = x.shape
-    return plan_product(
-        x.device,
-        x.dtype,
+    return config.choose_product(
+        forced,
+        config.device_of(x.device),
+        bits_of(x),
         M,
         w.shape[1],
         K,
@@ -181,7 +154,7 @@ def adapted_product(
         in_registers=plan.path == "hopper",
     )
     mask = None if masked is None else masked.bits
-    programs = device_of(x.device).sm_count
+    programs = config.device_of(x.device).sm_count
     if plan.path == "hopper":  # Gluon, an experimental part of Triton: imported where it is used
         from fused_lora.kernels.matmul_hopper import hopper_matmul
 
@@ -220,10 +193,9 @@ def adapter_alone(
     masked: Mask | None = None,
 ) -> None:
     """y = mask * (S b), a product whose main part has no terms; x is what S was made of."""
-    sizes = (x.shape[0], y.shape[1], x.shape[1], b.shape[0])
     matmul(
         *(x[:, :0], y[:0], y),
-        config.select("matmul", device_of(x.device), bits_of(x), *sizes),
+        config.select("matmul", config.device_of(x.device), bits_of(x), *y.shape),
         b=b,
         S=S,
         mask=None if masked is None else masked.bits,
@@ -244,11 +216,9 @@ def shrink_alone(
     counters: Tensor | None = None,
 ) -> None:
     """S = scale * D(x) a^T with no product behind it; zeroes the counters."""
-    device = device_of(x.device)
-    M, K = x.shape
-    # the tables know shrink in front of a product; alone it takes the tiles of a square one
-    tiles = config.select("shrink", device, bits_of(x), M, K, K, a.shape[0])
-    programs = min(device.sm_count, -(-M // tiles.BLOCK_M))
+    device = config.device_of(x.device)
+    tiles = config.select("shrink", device, bits_of(x), *S.shape)
+    programs = min(device.sm_count, -(-x.shape[0] // tiles.BLOCK_M))
     _shrink(x, a, S, tiles, programs, scale, pack, precision, draw=draw, counters=counters)
 
 
@@ -288,10 +258,6 @@ def _shrink(
     else:
         options |= {"counters": counters, "input_precision": precision}
         shrink(x, a, S, tiles, programs, **options)
-
-
-def device_of(device: torch.device) -> config.Device:
-    return config.device_of(device.index if device.type == "cuda" else None)
 
 
 def _stored(matrix: Tensor, transposed: bool) -> Tensor:

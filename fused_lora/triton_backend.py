@@ -15,10 +15,8 @@ from fused_lora.product import (
     adapted_product,
     adapter_alone,
     bits_of,
-    device_of,
     new_mask,
     plan_for,
-    plan_product,
     precision_of,
     shrink_alone,
 )
@@ -31,7 +29,6 @@ __all__ = [
     "backward",
     "choose_backend",
     "forward",
-    "plan_product",
 ]
 
 
@@ -51,7 +48,7 @@ def forward(
     x = _unit_column_stride(x)
     bias = None if bias is None else bias.contiguous()
     inputs = (x, weight, lora_A, lora_B, bias, scale.tensor, seed, *(adapters or _ONE_ADAPTER))
-    options = (config.PATH, precision_of(x), scale.value, dropout_p, for_backward)
+    options = (config.FORCED, precision_of(x), scale.value, dropout_p, for_backward)
     return play(_forward, inputs, options)
 
 
@@ -68,7 +65,7 @@ def _forward(
     owner: Tensor | None,
     scalings: Tensor | None,
     window: Tensor | None,
-    path: str,
+    forced: str | config.Product,
     precision: str,
     scale: float,
     dropout_p: float,
@@ -81,7 +78,7 @@ def _forward(
     scaled = Scale(scale * dropout.keep_scale(dropout_p), scaling)
     w, b = weight.t(), lora_B.t()
     pack = _pack(ids, owner, scalings, window)
-    plan = plan_for(x, w, lora_A, y, draw=mask)
+    plan = plan_for(forced, x, w, lora_A, y, draw=mask)
     adapted_product(
         *(tape, plan, x, w, lora_A, b, y, S, scaled, pack, precision),
         bias=bias,
@@ -118,7 +115,7 @@ def backward(
         *(adapters or _ONE_ADAPTER),
     )
     options = (
-        *(config.PATH, precision_of(dy), scale.value, dropout_p),
+        *(config.FORCED, precision_of(dy), scale.value, dropout_p),
         *(needs_x, needs_A, needs_B),
     )
     return play(_backward, inputs, options)
@@ -138,7 +135,7 @@ def _backward(
     owner: Tensor | None,
     scalings: Tensor | None,
     window: Tensor | None,
-    path: str,
+    forced: str | config.Product,
     precision: str,
     scale_value: float,
     dropout_p: float,
@@ -148,7 +145,7 @@ def _backward(
 ) -> list[Tensor | None]:
     M = dy.shape[0]
     N, (r, K) = lora_B.shape[0], lora_A.shape
-    device = device_of(dy.device)
+    device = config.device_of(dy.device)
     scale = Scale(scale_value * dropout.keep_scale(dropout_p), scaling)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
@@ -161,13 +158,13 @@ def _backward(
     dB = tape.empty(lora_B.shape, lora_B.dtype) if needs_B else None
     plan = None
     if dx is not None and weight is not None:
-        plan = plan_for(dy, weight, a, dx, masked=mask, followed=needs_A or needs_B)
+        plan = plan_for(forced, dy, weight, a, dx, masked=mask, followed=needs_A or needs_B)
     shrinks = plan.launches == 2 if plan is not None else dS is not None
 
     partial = counters = None
     if needs_A or needs_B:
         masked = mask is not None and needs_A
-        tiles = config.rank_grad_tiles(device, bits_of(dy), M, N, K, r, masked)
+        tiles = config.rank_grad_tiles(plan, device, bits_of(dy), masked)
         counts = tile_counts(K, N, r, tiles, needs_A, needs_B)
         splits = config.rank_grad_splits(device, sum(counts[:2]) * counts[2], M, tiles)
         if splits > 1:
@@ -290,7 +287,7 @@ def _pack(
 
 def choose_backend(x: Tensor, N: int, r: int) -> str:
     """ "triton" or "aten" for a layer input x [M, K] on a GPU, with N outputs and rank r."""
-    device = config.device_of(x.get_device())
+    device = config.device_of(x.device)
     return config.choose_backend(device, bits_of(x), x.shape[0], N, x.shape[1], r)
 
 

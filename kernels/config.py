@@ -1,8 +1,9 @@
 """Which kernels run for a shape, and with which tiles: pure functions of the device and the sizes.
 
-A table measured on the very GPU (`tuned/<gpu>.json`, per Triton minor version) answers first; else
-an analytic choice among the configurations of `tuned/default.json`, which are compiled and checked
-for spills on every architecture by the tests. An unknown GPU gets a default, never an error.
+A table measured on the very GPU (`tuned/<gpu>.json`, per Triton minor version) answers first, with
+whole plans; else rules choose a path and among the configurations of `tuned/default.json`, which
+are compiled and checked for spills on every architecture by the tests. An unknown GPU gets a
+default, never an error.
 """
 
 from __future__ import annotations
@@ -12,19 +13,23 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 TUNED = Path(__file__).parent / "tuned"
 
-# How forward and dX are computed. "auto" lets `_path` decide; any other name forces that path
-# wherever it can run.
+# How forward and dX are computed:
 #   hopper    shrink, then the Gluon matmul started behind it (programmatic dependent launch)
 #   pdl       the same with the descriptor matmul, which newer GPUs take
 #   portable  shrink, then the pointer matmul
 #   single    one launch of the pointer matmul, S recomputed in every tile
 #   decode    one launch for few tokens, K split over programs
 PATHS = ("hopper", "pdl", "portable", "single", "decode")
-PATH = os.environ.get("FUSED_LORA_PATH", "auto")
+FORCED: str | Product = os.environ.get("FUSED_LORA_PATH", "auto")
+"""What `choose_product` is to answer: "auto", by the tables and the rules; a path, wherever it can
+run; or, for the benchmarks, this very plan."""
 
 MAX_SINGLE_RANK = 64
 # (tokens, rank) that one tile of decode holds, by the dtype's bits: fp32 has half the registers
@@ -132,8 +137,9 @@ class Product:
     reason: str
     matmul: Matmul | None = None
     shrink: Shrink | None = None
-    shrink_programs: int = 0
+    shrink_programs: int = 0  # of each of its rank blocks
     decode: Decode | None = None
+    rank_grad: RankGrad | None = None  # of the rank_grad that follows, if it was measured with it
 
     @property
     def chained(self) -> bool:
@@ -151,11 +157,13 @@ class Product:
         return int(self.decode is not None and self.decode.SPLITS > 1)
 
 
+def device_of(device: torch.device) -> Device:
+    """The Device of a CUDA (or HIP) device with its index; the interpreter for any other."""
+    return _device(device.index) if device.type == "cuda" else INTERPRETER
+
+
 @functools.cache
-def device_of(index: int | None) -> Device:
-    """The Device of a CUDA (or HIP) device index; None is the interpreter."""
-    if index is None:
-        return INTERPRETER
+def _device(index: int) -> Device:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -198,28 +206,39 @@ def defaults() -> dict[str, dict[str, dict[str, list[Any]]]]:
 
 @functools.cache
 def tuned(gpu: str, triton_minor: str) -> dict[tuple, Any]:
-    """Measured entries of this GPU for this Triton: {(op, bits, M bucket, N, K, r): config}."""
+    """What was measured on this GPU with this Triton: {("forward" or "dx", dropout, bits, M, N, K,
+    r): Product} of products, {("backend", bits, M, N, K, r): "triton" or "aten"} of layers; M is
+    `tuned_tokens`."""
     path = TUNED / f"{file_name(gpu)}.json"
     if not path.exists():
         return {}
     table = json.loads(path.read_text())
     if table.get("triton") != triton_minor:
         return {}
-    entries = {}
+    found: dict[tuple, Any] = {}
     for entry in table["entries"]:
-        key = (entry["op"], entry["bits"], entry["M"], entry["N"], entry["K"], entry["r"])
-        kind = KINDS.get(entry["op"])
-        entries[key] = kind(**entry["config"]) if kind else entry["choice"]
-    return entries
+        sizes = tuple(entry[name] for name in ("bits", "M", "N", "K", "r"))
+        if entry["of"] == "backend":
+            found[("backend", *sizes)] = entry["choice"]
+        elif entry["plan"] is not None:  # else nothing beat the rules
+            found[(entry["of"], entry["dropout"], *sizes)] = _product(entry["plan"])
+    return found
+
+
+def _product(plan: dict[str, Any]) -> Product:
+    kinds = {"matmul": Matmul, "shrink": Shrink, "decode": Decode, "rank_grad": RankGrad}
+    tiles = {name: kind(**plan[name]) for name, kind in kinds.items() if name in plan}
+    return Product(**{**plan, **tiles}, reason="measured on this GPU")
 
 
 def file_name(gpu: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in gpu.lower())
 
 
-def bucket(M: int) -> int:
-    """Token counts are tuned by power of two: the next one at or above M."""
-    return 1 << max(0, M - 1).bit_length()
+def tuned_tokens(M: int) -> int:
+    """The M under which M tokens are tuned. As long as W is what costs, the next power of two; more
+    tokens are tuned exactly, for what the last wave leaves to shrink depends on each of them."""
+    return 1 << max(0, M - 1).bit_length() if M <= MAX_DECODE[16][0] else M
 
 
 @functools.cache
@@ -229,11 +248,9 @@ def triton_minor() -> str:
     return ".".join(triton.__version__.split(".")[:2])
 
 
-@functools.lru_cache(maxsize=65536)
-def select(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -> Any:
-    """The configuration of kernel `op` for these sizes: tuned if measured, else the default that
-    the analytic rule prefers."""
-    candidates = _candidates(op, device, bits, M, N, K, r)
+def select(op: str, device: Device, bits: int, M: int, N: int) -> Any:
+    """The default configuration of kernel `op` that the rules prefer for [M, N] outputs."""
+    candidates = _defaults(op, device, bits)
     if op == "matmul_few":  # bound by memory: x is read again for every tile
         return min(candidates, key=lambda c: (_few_cost(c, device, N), -c.BLOCK_N))
     if op.startswith("matmul"):
@@ -241,12 +258,6 @@ def select(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -
     if op == "decode":
         return min(candidates, key=lambda c: abs(_decode_programs(c, N) - 2 * device.sm_count))
     return candidates[0]
-
-
-def _candidates(op: str, device: Device, bits: int, M: int, N: int, K: int, r: int) -> list[Any]:
-    """What is measured for these sizes, alone, else the defaults."""
-    found = tuned(device.name, triton_minor()).get((op, bits, bucket(M), N, K, r))
-    return _defaults(op, device, bits) if found is None else [found]
 
 
 def _defaults(op: str, device: Device, bits: int) -> list[Any]:
@@ -274,7 +285,9 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+@functools.lru_cache(maxsize=65536)
 def choose_product(
+    forced: str | Product,
     device: Device,
     bits: int,
     M: int,
@@ -282,112 +295,94 @@ def choose_product(
     K: int,
     r: int,
     *,
-    dropout: bool,
-    masked_output: bool,
+    drawn: bool,
+    masked: bool,
     followed: bool,
-    describable: bool,
+    addressable: bool,
 ) -> Product:
     """How Y [M, N] = X [M, K] W + S B runs.
 
-    bits: 16 or 32, of the dtype. dropout: a mask is drawn on X before the adapter (forward).
-    masked_output: the adapter term is masked (dX of dropout). followed: rank_grad runs next (dX).
-    describable: x, w and y can be addressed by tensor descriptors.
+    forced: as FORCED. bits: 16 or 32, of the dtype. drawn: a mask is drawn on X before the adapter
+    (forward). masked: the adapter term is masked (dX of dropout). followed: rank_grad runs next
+    (dX). addressable: X, W and Y by tensor descriptors.
     """
-    return _choose_product(
-        PATH,
-        device,
-        bits,
-        M,
-        N,
-        K,
-        r,
-        dropout,
-        masked_output,
-        followed,
-        describable,
-    )
-
-
-@functools.lru_cache(maxsize=65536)
-def _choose_product(
-    path: str,
-    device: Device,
-    bits: int,
-    M: int,
-    N: int,
-    K: int,
-    r: int,
-    dropout: bool,
-    masked_output: bool,
-    followed: bool,
-    describable: bool,
-) -> Product:
+    if isinstance(forced, Product):
+        return forced
     hopper = device.capability == 90 and device.backend == "cuda"
     can = {
         "decode": M <= MAX_DECODE[bits][0] and r <= MAX_DECODE[bits][1],
         "single": r <= MAX_SINGLE_RANK,
         "portable": True,
-        "pdl": describable and bits == 16 and has_descriptors(device) and not masked_output,
-        "hopper": describable and bits == 16 and hopper and r <= MAX_HOPPER_RANK,
+        "pdl": addressable and bits == 16 and has_descriptors(device) and not masked,
+        "hopper": addressable and bits == 16 and hopper and r <= MAX_HOPPER_RANK,
     }
-    can["hopper"] &= r <= MAX_MASKED_RANK or not masked_output
-    can["hopper"] &= K % 8 == 0 or not dropout
-    if dropout or masked_output:
+    can["hopper"] &= r <= MAX_MASKED_RANK or not masked
+    can["hopper"] &= K % 8 == 0 or not drawn
+    if drawn or masked:
         can["decode"] = can["single"] = False
-    path, reason = _path(path, device, bits, M, N, K, r, can)
-    sizes = (device, bits, M, N, K, r)
+    if forced == "auto":
+        of = "dx" if followed or masked else "forward"
+        key = (of, drawn or masked, bits, tuned_tokens(M), N, K, r)
+        measured = tuned(device.name, triton_minor()).get(key)
+        if measured is not None and can[measured.path]:
+            return measured
+    path, reason = _path(forced, device, bits, M, N, r, can)
     if path == "decode":
-        return Product(path, reason, decode=select("decode", *sizes))
+        return Product(path, reason, decode=select("decode", device, bits, M, N))
     if path == "single":
         few = FEW_TOKENS < M <= MAX_DECODE[bits][0] and _defaults("matmul_few", device, bits)
         op = "matmul_few" if few else "matmul_single"
-        return Product(path, reason, matmul=select(op, *sizes))
+        return Product(path, reason, matmul=select(op, device, bits, M, N))
     if path == "hopper":
-        return _hopper(reason, sizes, dropout, followed)
+        return _hopper(reason, device, bits, M, N, K, r, drawn=drawn, followed=followed)
     op = {"portable": "matmul", "pdl": "matmul_descriptor"}[path]
-    matmul = select(op, *sizes)
-    shrink, programs = select("shrink", *sizes), device.sm_count
+    matmul = select(op, device, bits, M, N)
+    shrink, programs = select("shrink", device, bits, M, N), device.sm_count
     if path == "pdl":
-        shrink, programs = idle_shrink(matmul, *sizes) or (shrink, programs)
+        shrink, programs = idle_shrink(matmul, device, bits, M, N, K, r) or (shrink, programs)
     programs = min(programs, _cdiv(M, shrink.BLOCK_M))
     return Product(path, reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
 
 def _hopper(
     reason: str,
-    sizes: tuple[Device, int, int, int, int, int],
-    dropout: bool,
+    device: Device,
+    bits: int,
+    M: int,
+    N: int,
+    K: int,
+    r: int,
+    *,
+    drawn: bool,
     followed: bool,
 ) -> Product:
     """The path hopper: whether its matmul has the SMs for itself, or leaves room for a shrink that
     is small enough, and for rank_grad, to run beside it. Measured on an H100 (results/LOG.md)."""
-    device, _, M, _, K, r = sizes
-    matmul, beside = select("matmul_hopper", *sizes), select("matmul_beside", *sizes)
-    if dropout:
-        shrink, programs = select("shrink_dropout", *sizes), 2 * device.sm_count
+    matmul = select("matmul_hopper", device, bits, M, N)
+    beside = select("matmul_beside", device, bits, M, N)
+    work = (device, bits, M, K, r)
+    if drawn:
+        shrink, programs = select("shrink_dropout", device, bits, M, N), 2 * device.sm_count
     else:
-        window = idle_shrink(matmul, *sizes)
+        window = idle_shrink(matmul, device, bits, M, N, K, r)
         if r <= MAX_BESIDE_RANK and (followed or window is None):
             matmul, seconds = beside, _tile_seconds(matmul, K)
-            shrink, programs = _shrink_in_time("shrink_beside", device.sm_count, seconds, *sizes)
+            shrink, programs = _shrink_in_time("shrink_beside", device.sm_count, seconds, *work)
         else:
             matmul = beside if followed else matmul
-            shrink, programs = window or _shrink_in_time("shrink", device.sm_count, 0.0, *sizes)
+            shrink, programs = window or _shrink_in_time("shrink", device.sm_count, 0.0, *work)
     programs = min(programs, _cdiv(M, shrink.BLOCK_M))
     return Product("hopper", reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
 
 def _path(
-    forced: str, device: Device, bits: int, M: int, N: int, K: int, r: int, can: dict[str, bool]
+    forced: str, device: Device, bits: int, M: int, N: int, r: int, can: dict[str, bool]
 ) -> tuple[str, str]:
     if forced != "auto":
         if forced not in PATHS:
             raise ValueError(f"FUSED_LORA_PATH must be auto or one of {PATHS}: got {forced!r}")
         if can[forced]:
             return forced, f"forced by FUSED_LORA_PATH={forced}"
-    measured = tuned(device.name, triton_minor()).get(("path", bits, bucket(M), N, K, r))
-    if measured is not None and can[measured]:
-        return measured, "measured on this GPU"
     if can["decode"]:
         few = _defaults("matmul_few", device, bits)
         tiles = max((_cdiv(N, c.BLOCK_N) for c in few), default=0)
@@ -395,7 +390,7 @@ def _path(
         if M <= FEW_TOKENS or tiles <= device.sm_count // 2:
             return "decode", reason
         # every narrow tile forms S anew: r columns beside its own
-        if can["single"] and r <= select("matmul_few", device, bits, M, N, K, r).BLOCK_N:
+        if can["single"] and r <= select("matmul_few", device, bits, M, N).BLOCK_N:
             return "single", f"{reason}, {tiles} narrow tiles"
         if not can["hopper"]:
             return "decode", reason
@@ -408,27 +403,30 @@ def _path(
     return "portable", "pointer loads, S from shrink"
 
 
+def idle_sms(matmul: Matmul, device: Device, M: int, N: int) -> int:
+    """How many SMs a persistent matmul leaves idle in its last wave, for one tile time: there a
+    shrink launched before it (PDL) is free. One SM more would put off the last wave: seen on an
+    H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33."""
+    return -_cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N) % device.sm_count
+
+
 def idle_shrink(
     matmul: Matmul, device: Device, bits: int, M: int, N: int, K: int, r: int
 ) -> tuple[Shrink, int] | None:
-    """The tiles and programs of a shrink on the SMs that a persistent matmul launched behind it
-    (PDL) leaves idle in its last wave; None if it cannot do its work there in time.
-
-    (-tiles) mod SMs are idle for one tile time: there shrink is free. One SM more would put off the
-    last wave: seen on an H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33.
-    """
-    idle = -_cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N) % device.sm_count
+    """The tiles and programs of a shrink on the SMs that this matmul leaves idle; None if it cannot
+    do its work there in time."""
+    idle = idle_sms(matmul, device, M, N)
     if idle == 0:
         return None
     seconds = _tile_seconds(matmul, K)
-    shrink, programs = _shrink_in_time("shrink", idle, seconds, device, bits, M, N, K, r)
+    shrink, programs = _shrink_in_time("shrink", idle, seconds, device, bits, M, K, r)
     if _shrink_seconds(shrink, idle, M, K, r) > seconds:
         return None
     return shrink, min(programs, _cdiv(M, shrink.BLOCK_M))
 
 
 def _shrink_in_time(
-    op: str, sms: int, seconds: float, device: Device, bits: int, M: int, N: int, K: int, r: int
+    op: str, sms: int, seconds: float, device: Device, bits: int, M: int, K: int, r: int
 ) -> tuple[Shrink, int]:
     """The tiles of a shrink on so many SMs, and the programs for each of its rank blocks: those
     that take the least of the SMs' time and are done within `seconds`, else the fastest."""
@@ -438,7 +436,7 @@ def _shrink_in_time(
         programs = min(sms, _cdiv(M, shrink.BLOCK_M) * _cdiv(r, shrink.block_r(r)))
         return max(took, seconds), took * programs
 
-    shrink = min(_candidates(op, device, bits, M, N, K, r), key=cost)
+    shrink = min(_defaults(op, device, bits), key=cost)
     return shrink, max(1, sms // _cdiv(r, shrink.block_r(r)))
 
 
@@ -455,13 +453,13 @@ def _shrink_seconds(shrink: Shrink, programs: int, M: int, K: int, r: int) -> fl
     return rounds * max(streaming, _cdiv(K, shrink.BLOCK_K) * 0.25e-6)
 
 
-def rank_grad_tiles(
-    device: Device, bits: int, M: int, N: int, K: int, r: int, masked: bool
-) -> RankGrad:
-    """The tiles of rank_grad; with a dropout mask more warps, where a GPU has a form of its own."""
-    sizes = (device, bits, M, N, K, r)
-    own = masked and _candidates("rank_grad_masked", *sizes)
-    return select("rank_grad_masked" if own else "rank_grad", *sizes)
+def rank_grad_tiles(plan: Product | None, device: Device, bits: int, masked: bool) -> RankGrad:
+    """The tiles of rank_grad: what was measured behind the dX of this plan, else the defaults; with
+    a dropout mask more warps, where a GPU has a form of its own."""
+    if plan is not None and plan.rank_grad is not None:
+        return plan.rank_grad
+    own = masked and _defaults("rank_grad_masked", device, bits)
+    return own[0] if own else _defaults("rank_grad", device, bits)[0]
 
 
 def rank_grad_behind(plan: Product | None) -> bool:
@@ -487,7 +485,7 @@ def choose_backend(device: Device, bits: int, M: int, N: int, K: int, r: int) ->
     """
     if bits != 16:
         return "aten"
-    measured = tuned(device.name, triton_minor()).get(("backend", bits, bucket(M), N, K, r))
+    measured = tuned(device.name, triton_minor()).get(("backend", bits, tuned_tokens(M), N, K, r))
     if measured is not None:
         return measured
     return "triton" if has_descriptors(device) else "aten"

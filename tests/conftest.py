@@ -76,4 +76,4 @@ def path(monkeypatch):
     """Force one path of `fused_lora.kernels.config.PATHS` for the length of a test."""
     from fused_lora.kernels import config
 
-    return lambda name: monkeypatch.setattr(config, "PATH", name)
+    return lambda name: monkeypatch.setattr(config, "FORCED", name)

@@ -111,7 +111,7 @@ def facts(stub, path, tokens, options):
     from fused_lora.kernels import config, tape
 
     options = dict(options)
-    config.PATH = path
+    config.FORCED = path
     launched = ctypes.c_uint.in_dll(stub, "stub_launched")
     noted = (Launch * LAUNCHES).in_dll(stub, "stub_launches")
     parameters = (ctypes.c_uint * LAUNCHES).in_dll(stub, "stub_parameters")
@@ -147,7 +147,7 @@ def encodings_of_later_rounds(layers):
     from fused_lora import ops
     from fused_lora.kernels import config, tape
 
-    config.PATH, encoded, encode = "pdl", [], tape.Launch._encode
+    config.FORCED, encoded, encode = "pdl", [], tape.Launch._encode
     tape._allocate = Pool()
     tape.forget()
     given, _ = make_inputs(M)

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fused_lora import product, triton_backend
+from fused_lora import triton_backend
 from fused_lora.kernels import config
 
 TOKENS = (1, 7, 33, 100, 130, 2049)  # M
@@ -77,7 +77,7 @@ GRAD_COVER += tuple((*row, "AB", 2, True) for row in TWO_RANK_BLOCKS)
 DECODE_COVER = pairwise(  # splits, S stored or not
     (1, 7, 33, 64), FEATURES, FEATURES, (1, 3, 8, 16, 33, 64), DTYPES, (1, 2, 4), (False, True)
 )
-HERE = config.device_of(None if triton_backend.INTERPRETING else 0)
+HERE = config.device_of(torch.device("cpu" if triton_backend.INTERPRETING else "cuda:0"))
 DESCRIPTOR_PATHS = ("hopper", "pdl")
 
 
@@ -128,15 +128,15 @@ def force_path(monkeypatch, path):
     """Send every product down `path` wherever it can run. Returns the list to which each product
     adds the path that it really took."""
     taken = []
-    plan_product = product.plan_product
+    choose_product = config.choose_product
 
     def recorded(*args, **kwargs):
-        plan = plan_product(*args, **kwargs)
+        plan = choose_product(*args, **kwargs)
         taken.append(plan.path)
         return plan
 
-    monkeypatch.setattr(config, "PATH", path)
-    monkeypatch.setattr(product, "plan_product", recorded)
+    monkeypatch.setattr(config, "FORCED", path)
+    monkeypatch.setattr(config, "choose_product", recorded)
     return taken
 
 

@@ -1,6 +1,7 @@
 """The campaign's promises: every step can be listed, nothing wrong is timed, and what fails, dies
 or hangs costs its own row and nothing else."""
 
+import functools
 import importlib
 import json
 import sys
@@ -14,8 +15,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from fused_lora import product, testing, triton_backend
 from fused_lora.kernels import config
 
+TILES = (config.Shrink, config.Matmul, config.RankGrad)
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 NAMES = ("campaign", "candidates", "checkups", "protocol", "results", "steps", "trial")
@@ -112,7 +115,7 @@ def test_a_candidate_that_cannot_be_timed_is_left_out(bench, group, monkeypatch)
 @pytest.mark.kernels
 def test_candidates_compute_what_the_library_computes(bench):
     """Every kind of candidate that the interpreter can run, both directions, by the rule."""
-    Run, tiles = bench.candidates.Path, config.defaults()["interpreter"]["16"]
+    Planned, tiles = bench.candidates.Planned, config.defaults()["interpreter"]["16"]
     both = bench.candidates.BOTH
     case = bench.results.Case("fwd", M=20, K=64, N=48, r=8, dtype="float32")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -125,11 +128,19 @@ def test_candidates_compute_what_the_library_computes(bench):
         bench.candidates.Product("S given", both, "matmul", matmul, adapter=True),
         bench.candidates.Shrink("shrink", both, shrink, 2),
         bench.candidates.RankGrad("rank_grad", tiles["rank_grad"][0]),
-        bench.candidates.Backward("after", plan, tiles["rank_grad"][0], behind=False),
-        bench.candidates.Backward("behind", plan, tiles["rank_grad"][0], behind=True),
-        Run("portable", both, plan),
-        Run("single", both, config.Product("single", "", matmul=matmul)),
-        Run("decode", both, config.Product("decode", "", decode=tiles["decode"][0])),
+        *(
+            Planned(f"{of}, portable, dropout {p}", of, plan, p)
+            for of in ("fwd", "dx", "bwd")
+            for p in (False, True)
+        ),
+        *(
+            Planned(f"{of}, {other.path}", of, other)
+            for of in ("fwd", "bwd")
+            for other in (
+                config.Product("single", "", matmul=matmul, rank_grad=tiles["rank_grad"][0]),
+                config.Product("decode", "", decode=tiles["decode"][0]),
+            )
+        ),
         bench.candidates.Layer("dropout", "aten", "fwd+bwd", dropout=True),
         bench.candidates.Layer("addmm", "addmm", "fwd+bwd"),
     ]
@@ -139,6 +150,30 @@ def test_candidates_compute_what_the_library_computes(bench):
             candidate.rule,
         )
         assert verdict.ok, f"{candidate.name}: {verdict.note}"
+
+
+@pytest.mark.kernels
+def test_a_plan_is_run_with_all_its_parts(bench, monkeypatch):
+    """Forward and backward launch the tiles of the plan that is timed, rank_grad's among them."""
+    tiles = config.defaults()["interpreter"]["16"]
+    shrink, own = config.Shrink(16, 16, 4, 1), config.RankGrad(32, 32, 4, 1)
+    plan = config.Product("portable", "", tiles["matmul"][0], shrink, 3, rank_grad=own)
+    launched = []
+
+    def spy(kernel, *args, **options):
+        launched.extend(a for a in args if isinstance(a, TILES))
+        if kernel.__name__ == "shrink":
+            launched.append(args[4])
+        return kernel(*args, **options)
+
+    for module, name in ((product, "shrink"), (product, "matmul"), (triton_backend, "rank_grad")):
+        monkeypatch.setattr(module, name, functools.partial(spy, getattr(module, name)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = testing.make_case(70, 64, 48, 8, torch.float32, device=device)
+    for of, expected in (("fwd", [shrink, 3, plan.matmul]), ("bwd", [shrink, 3, plan.matmul, own])):
+        launched.clear()
+        bench.candidates.Planned(of, of, plan).prepare(bench.candidates.operands(inputs))()
+        assert launched == expected
 
 
 def test_a_measured_group_is_not_measured_again(bench, group, monkeypatch, tmp_path):

@@ -13,15 +13,9 @@ RTX5090 = config.Device("NVIDIA GeForce RTX 5090", "cuda", 120, 170)
 MI300 = config.Device("AMD Instinct MI300X", "hip", 94, 304)
 
 
-def choose(device, M, N, K, r, bits=16, **changes):
-    options = {
-        "dropout": False,
-        "masked_output": False,
-        "followed": False,
-        "describable": True,
-        **changes,
-    }
-    return config.choose_product(device, bits, M, N, K, r, **options)
+def choose(device, M, N, K, r, bits=16, forced="auto", **changes):
+    options = {"drawn": False, "masked": False, "followed": False, "addressable": True, **changes}
+    return config.choose_product(forced, device, bits, M, N, K, r, **options)
 
 
 @pytest.fixture
@@ -36,12 +30,7 @@ def table(monkeypatch, tmp_path):
         forget()
 
     def forget():
-        for cached in (
-            config.tuned,
-            config.select,
-            config._choose_product,
-            config.choose_backend,
-        ):
+        for cached in (config.tuned, config.choose_product, config.choose_backend):
             cached.cache_clear()
 
     yield write
@@ -83,7 +72,7 @@ def test_shrink_takes_short_tiles_only_where_long_ones_would_be_late():
 
 
 def test_drawing_a_mask_takes_every_sm():
-    plan = choose(H100, 8192, 4096, 4096, 16, dropout=True)
+    plan = choose(H100, 8192, 4096, 4096, 16, drawn=True)
     assert plan.path == "hopper" and plan.shrink_programs == 256
 
 
@@ -104,15 +93,15 @@ def test_a_batch_of_tokens_takes_narrow_tiles_if_they_fill_the_device():
 
 
 def test_dropout_never_takes_a_path_that_cannot_mask():
-    assert choose(H100, 1, 4096, 4096, 16, dropout=True).path == "hopper"
-    assert choose(H100, 8192, 4096, 4096, 16, masked_output=True).path == "hopper"
-    assert choose(H100, 8192, 4096, 4096, 128, masked_output=True).path == "portable"
-    assert choose(B200, 8192, 4096, 4096, 16, masked_output=True).path == "portable"
-    assert choose(A100, 8, 4096, 4096, 8, masked_output=True).path == "portable"
+    assert choose(H100, 1, 4096, 4096, 16, drawn=True).path == "hopper"
+    assert choose(H100, 8192, 4096, 4096, 16, masked=True).path == "hopper"
+    assert choose(H100, 8192, 4096, 4096, 128, masked=True).path == "portable"
+    assert choose(B200, 8192, 4096, 4096, 16, masked=True).path == "portable"
+    assert choose(A100, 8, 4096, 4096, 8, masked=True).path == "portable"
 
 
 def test_what_tma_cannot_address_takes_the_portable_kernel():
-    assert choose(H100, 8192, 4095, 4096, 64, describable=False).path == "portable"
+    assert choose(H100, 8192, 4095, 4096, 64, addressable=False).path == "portable"
     assert choose(H100, 8192, 4096, 4096, 64, bits=32).path == "portable"
 
 
@@ -127,10 +116,10 @@ def test_low_ranks_without_descriptors_take_a_single_launch():
 @pytest.mark.parametrize("M", [1, 7, 64, 65, 8192, 2**20])
 @pytest.mark.parametrize("r", [1, 16, 33, 256])
 def test_every_device_and_size_has_a_plan(device, bits, M, r):
-    plan = choose(device, M, 4097, 50, r, bits=bits, describable=False)
+    plan = choose(device, M, 4097, 50, r, bits=bits, addressable=False)
     assert plan.path in config.PATHS
     assert plan.shrink_programs >= 0
-    tiles = config.select("rank_grad", device, bits, M, 4097, 50, r)
+    tiles = config.rank_grad_tiles(plan, device, bits, masked=False)
     assert config.rank_grad_splits(device, 66, M, tiles) >= 1
 
 
@@ -142,39 +131,83 @@ def test_unknown_gpus_take_the_defaults_of_the_nearest_older_architecture():
     assert config.target_of(config.Device("Orin", "cuda", 87, 16)) == "sm_86"
 
 
-def test_a_measured_table_wins_for_its_sizes_alone(table):
-    tiles = {**vars(config.defaults()["sm_90"]["16"]["matmul_hopper"][0]), "num_stages": 2}
-    key = {"bits": 16, "M": 8192, "N": 4096, "K": 4096, "r": 16}
-    table(
-        H100,
-        [
-            {"op": "matmul_hopper", **key, "config": tiles},
-            {"op": "path", **key, "choice": "hopper"},
-            {"op": "backend", **key, "choice": "aten"},
-        ],
-    )
-    plan = choose(H100, 8000, 4096, 4096, 16)  # the bucket of 8192
-    assert plan.path == "hopper" and plan.matmul.num_stages == 2
-    assert choose(H100, 8193, 4096, 4096, 16).matmul.num_stages == 3
+DEEP = config.Matmul(128, 128, 64, 8, 8, 2)
+MEASURED = {
+    "path": "pdl",
+    "matmul": vars(DEEP),
+    "shrink": {"BLOCK_M": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+    "shrink_programs": 7,
+}
+
+
+def entry(of="forward", M=8192, dropout=False, r=16, **content):
+    sizes = {"bits": 16, "M": M, "N": 4096, "K": 4096, "r": r}
+    return {"of": of, "dropout": dropout, **sizes, **content}
+
+
+def test_a_measured_plan_is_taken_whole_for_its_sizes_alone(table):
+    table(H100, [entry(plan=MEASURED), entry("backend", choice="aten")])
+    plan = choose(H100, 8192, 4096, 4096, 16)
+    assert plan.path == "pdl" and plan.matmul == DEEP and plan.shrink_programs == 7
+    assert plan.shrink == config.Shrink(64, 64, 4, 3)
+    assert plan.reason == "measured on this GPU"
+    # what shrink may take of the last wave is different for each of many tokens
+    for M in (8000, 8193):
+        assert choose(H100, M, 4096, 4096, 16).path == "hopper"
+    assert choose(H100, 8192, 4096, 4096, 32).path == "hopper"
     assert config.choose_backend(H100, 16, 8192, 4096, 4096, 16) == "aten"
     assert config.choose_backend(H100, 16, 8192, 4096, 4096, 32) == "triton"
 
 
-def test_a_table_of_another_triton_is_not_used(table):
-    key = {"bits": 16, "M": 8192, "N": 4096, "K": 4096, "r": 16}
-    table(H100, [{"op": "path", **key, "choice": "pdl"}], triton="2.0")
+def test_few_tokens_take_what_was_measured_at_the_next_power_of_two(table):
+    plan = {"path": "decode", "decode": vars(config.Decode(128, 64, 3, 4, 4, 64))}
+    table(H100, [entry(M=16, plan=plan)])
+    for M in (9, 16):
+        assert choose(H100, M, 4096, 4096, 16).decode.SPLITS == 3
+    for M in (8, 17):
+        assert choose(H100, M, 4096, 4096, 16).decode != config.Decode(128, 64, 3, 4, 4, 64)
+
+
+def test_dx_and_dropout_have_entries_of_their_own(table):
+    own = vars(config.RankGrad(128, 64, 8, 3))
+    hopper = {**MEASURED, "path": "hopper"}
+    table(
+        H100, [entry("dx", plan={**MEASURED, "rank_grad": own}), entry(dropout=True, plan=hopper)]
+    )
+    assert choose(H100, 8192, 4096, 4096, 16).path == "hopper"
+    dx = choose(H100, 8192, 4096, 4096, 16, followed=True)
+    assert dx.path == "pdl"
+    assert config.rank_grad_tiles(dx, H100, 16, masked=False) == config.RankGrad(128, 64, 8, 3)
+    assert choose(H100, 8192, 4096, 4096, 16, drawn=True).shrink_programs == 7
+    masked = choose(H100, 8192, 4096, 4096, 16, masked=True, followed=True)
+    assert masked.shrink_programs != 7 and masked.rank_grad is None
+
+
+def test_a_measured_plan_that_cannot_run_here_is_not_taken(table):
+    table(H100, [entry(plan=MEASURED), entry("dx", dropout=True, plan=MEASURED)])
+    assert choose(H100, 8192, 4096, 4096, 16, addressable=False).path == "single"
+    assert choose(H100, 8192, 4096, 4096, 16, masked=True, followed=True).path == "hopper"
+    assert choose(H100, 8192, 4096, 4096, 16, forced="hopper").path == "hopper"
+
+
+def test_where_nothing_beat_the_rules_they_are_asked(table):
+    table(H100, [entry(plan=None)])
     assert choose(H100, 8192, 4096, 4096, 16).path == "hopper"
 
 
-def test_a_forced_path_is_taken_where_it_can_run(monkeypatch):
+def test_a_table_of_another_triton_is_not_used(table):
+    table(H100, [entry(plan=MEASURED)], triton="2.0")
+    assert choose(H100, 8192, 4096, 4096, 16).path == "hopper"
+
+
+def test_a_forced_path_is_taken_where_it_can_run():
     for path in config.PATHS:
-        monkeypatch.setattr(config, "PATH", path)
-        assert choose(H100, 32, 4096, 4096, 16).path == path
-    monkeypatch.setattr(config, "PATH", "single")
-    assert choose(H100, 32, 4096, 4096, 128).path == "hopper"
-    monkeypatch.setattr(config, "PATH", "fastest")
+        assert choose(H100, 32, 4096, 4096, 16, forced=path).path == path
+    assert choose(H100, 32, 4096, 4096, 128, forced="single").path == "hopper"
     with pytest.raises(ValueError, match="FUSED_LORA_PATH must be auto or one of"):
-        choose(H100, 33, 4096, 4096, 16)
+        choose(H100, 33, 4096, 4096, 16, forced="fastest")
+    plan = config.Product("single", "", matmul=DEEP)
+    assert choose(H100, 8192, 4096, 4096, 128, forced=plan) is plan
 
 
 def test_rank_grad_runs_behind_dx_only_where_dx_lets_it():

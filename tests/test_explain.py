@@ -134,7 +134,7 @@ def test_triton_lines_name_path_reason_and_tiles(device, path):
 
 def test_a_path_for_hopper_is_explained_where_there_is_none(monkeypatch):
     hopper = replace(config.INTERPRETER, name="h", backend="cuda", capability=90, sm_count=132)
-    monkeypatch.setattr(config, "device_of", lambda index: hopper)
+    monkeypatch.setattr(config, "device_of", lambda device: hopper)
     monkeypatch.setattr(ops, "why_not_triton", lambda x: None)
     layer = make(backend="triton", dtype=torch.bfloat16)
     _, forward, dx = explain(layer).splitlines()

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from shapes import BF16, DTYPES, FP16, FP32, PATHS, embedded, force_path
 
-from fused_lora import lora_linear, reference, triton_backend
+from fused_lora import lora_linear, reference
+from fused_lora.kernels import config
 from fused_lora.kernels.matmul import matmul
 from fused_lora.kernels.matmul_descriptor import descriptor_matmul
 from fused_lora.testing import (
@@ -192,9 +193,10 @@ def test_permuting_tokens_permutes_results_and_keeps_the_adapters_gradients(
 def product_alone(case, path):
     """x W^T + bias by the kernel, tiles and all, that this path would use, without an adapter."""
     (M, K), N = case.x.shape, case.weight.shape[0]
-    plan = triton_backend.plan_product(
-        case.x.device,
-        case.x.dtype,
+    plan = config.choose_product(
+        config.FORCED,
+        config.device_of(case.x.device),
+        8 * case.x.element_size(),
         *(M, N, K, case.lora_A.shape[0]),
         drawn=False,
         masked=False,
