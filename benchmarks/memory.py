@@ -16,13 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import four_bit
 import machine
 import protocol
 import report
 import results
 import torch
 import torch.nn.functional as F
+from four_bit import NF4
 from providers import Unavailable
+from results import PLAIN
 from torch import Tensor, nn
 
 from fused_lora import FusedLoRALinear
@@ -30,7 +33,7 @@ from fused_lora.quantized import QuantizedLoRALinear
 
 RESULTS = Path(__file__).resolve().parent / "results"
 FROZEN, FUSED = "frozen", "fused"
-PLAIN, NF4, INT8 = "plain", "nf4", "int8"
+INT8 = "int8"
 PROVIDERS = (FROZEN, "eager3", "peft", "peft (fp32 adapters)", FUSED, "fused (fp32 adapters)")
 
 
@@ -125,7 +128,7 @@ def build(case: Case, provider: str, device: torch.device) -> nn.Module:
             parts = [nn.Linear(case.width, case.width, bias=False)]
     model = nn.Sequential(*parts).to(dtype).requires_grad_(False)
     if case.base != PLAIN:
-        quantise(model, case.base, dtype, device)
+        quantise(model, case.base, device)
     linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     adapter_dtype = torch.float32 if "fp32" in provider else dtype
     options = {"r": case.r, "lora_alpha": 2 * case.r, "lora_dropout": case.dropout}
@@ -152,7 +155,7 @@ def build(case: Case, provider: str, device: torch.device) -> nn.Module:
     return model.train()
 
 
-def quantise(model: nn.Module, base: str, dtype: torch.dtype, device: torch.device) -> None:
+def quantise(model: nn.Module, base: str, device: torch.device) -> None:
     """Put a layer of bitsandbytes in the place of every linear layer of `model`, and mark the model
     as transformers does, which is what PEFT looks at."""
     try:
@@ -162,16 +165,15 @@ def quantise(model: nn.Module, base: str, dtype: torch.dtype, device: torch.devi
     for name, linear in list(model.named_modules()):
         if type(linear) is not nn.Linear:
             continue
-        size = linear.in_features, linear.out_features
         if base == NF4:
-            layer = bitsandbytes.nn.Linear4bit(
-                *size, bias=False, compute_dtype=dtype, quant_type="nf4"
-            )
+            layer = four_bit.frozen_linear(linear.weight)
         else:
+            size = linear.in_features, linear.out_features
             layer = bitsandbytes.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
-        layer.load_state_dict({"weight": linear.weight.cpu()})  # quantised on its way to the device
+            layer.load_state_dict({"weight": linear.weight.cpu()})
+            layer = layer.to(device).requires_grad_(False)  # which quantises it
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.to(device).requires_grad_(False))
+        setattr(model.get_submodule(parent), child, layer)
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = base == NF4, base == INT8
 
 

@@ -60,8 +60,8 @@ MATMULS = {  # by path
 SHRINKS = (
     *(config.Shrink(16, k, 4, stages, 16) for k, stages in ((128, 4), (128, 8), (256, 3))),
     *(config.Shrink(64, k, 4, stages) for k, stages in ((64, 3), (64, 5), (128, 2), (128, 4))),
-    *(config.Shrink(128, 64, warps, stages) for warps, stages in ((4, 3), (4, 5), (8, 5))),
-    config.Shrink(128, 128, 8, 3),
+    *(config.Shrink(128, 64, *rest) for rest in ((4, 3), (4, 5), (8, 5), (8, 6), (8, 7))),
+    *(config.Shrink(128, 128, 8, stages) for stages in (3, 4)),
 )
 RANK_GRADS = tuple(
     config.RankGrad(m, c, warps, stages)
