@@ -53,7 +53,7 @@ MATMULS = {  # by path
         *_POINTERS,
         *_matmuls(
             (64, 32, 64, 4, 8, 1), (64, 32, 128, 4, 4, 1), (64, 64, 64, 4, 6, 1),
-            (64, 128, 64, 4, 5, 1),
+            (64, 64, 64, 4, 9, 1), (64, 64, 128, 4, 4, 1), (64, 128, 64, 4, 5, 1),
         ),
     ),
 }  # fmt: skip
@@ -68,8 +68,9 @@ RANK_GRADS = tuple(
     for m, c, warps, stages in itertools.product((64, 128), (64, 128), (4, 8), (2, 3))
 )
 DECODES = tuple(
-    config.Decode(n, k, splits, 4, 3 if k == 128 else 4, 64)
+    config.Decode(n, k, splits, 4, stages, 64)
     for n, k, splits in itertools.product((64, 128), (64, 128), (1, 2, 4, 8))
+    for stages in ((3, 4) if k == 128 else (4, 6, 8))
 )
 
 
@@ -154,10 +155,12 @@ def rules(item: Item, device: config.Device, path: str = "auto") -> Plan:
 
 
 def paths(item: Item, device: config.Device, best: Plan) -> Iterator[Plan]:
+    """With few tokens, whose kernels are small, in all their tiles."""
     for path in config.PATHS:
         plan = rules(item, device, path)
         if plan.path == path:  # else it cannot run at these sizes
-            yield plan
+            few = few_tokens(item.M, item.r)
+            yield from dict.fromkeys([plan, *(tiles(item, device, plan) if few else ())])
 
 
 def tiles(item: Item, device: config.Device, best: Plan) -> Iterator[Plan]:
