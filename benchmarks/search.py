@@ -192,11 +192,11 @@ def _on_programs(plan: Plan, item: Item, device: config.Device) -> Iterator[Plan
     if plan.shrink is None or plan.matmul is None:
         yield plan
         return
-    blocks = -(-item.r // plan.shrink.block_r(item.r))
+    blocks = config.cdiv(item.r, plan.shrink.block_r(item.r))
     idle = config.idle_sms(plan.matmul, device, item.M, item.key["N"])
     counts = [plan.shrink_programs, idle // blocks, device.sm_count // blocks]
     counts += [2 * device.sm_count // blocks] * item.dropout
-    most = -(-item.M // plan.shrink.BLOCK_M)
+    most = config.cdiv(item.M, plan.shrink.BLOCK_M)
     for count in sorted({min(count, most) for count in counts if count > 0}):
         yield replace(plan, shrink_programs=count)
 

@@ -129,7 +129,7 @@ def _describe(plan: Any, r: int) -> str:
     tiles = ", ".join(f"{k}={v}" for k, v in vars(plan.decode or plan.matmul).items())
     shrink = ""
     if plan.shrink:
-        programs = plan.shrink_programs * -(-r // plan.shrink.block_r(r))
+        programs = plan.shrink_programs * config.cdiv(r, plan.shrink.block_r(r))
         shrink = f", shrink in {programs} programs"
     plural = "launch" if plan.launches == 1 else "launches"
     memset = " and a memset" if plan.memsets else ""

@@ -218,7 +218,7 @@ def shrink_alone(
     """S = scale * D(x) a^T with no product behind it; zeroes the counters."""
     device = config.device_of(x.device)
     tiles = config.select("shrink", device, bits_of(x), *S.shape)
-    programs = min(device.sm_count, -(-x.shape[0] // tiles.BLOCK_M))
+    programs = min(device.sm_count, config.cdiv(x.shape[0], tiles.BLOCK_M))
     _shrink(x, a, S, tiles, programs, scale, pack, precision, draw=draw, counters=counters)
 
 

@@ -54,6 +54,10 @@ class Device:
 INTERPRETER = Device("interpreter", "interpreter", 0, 4)
 
 
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _power_of_2(n: int) -> int:
     return max(MIN_RANK_BLOCK, 1 << max(0, n - 1).bit_length())
 
@@ -265,24 +269,20 @@ def _defaults(op: str, device: Device, bits: int) -> list[Any]:
 
 
 def _few_cost(config: Matmul, device: Device, N: int) -> int:
-    return _cdiv(_cdiv(N, config.BLOCK_N), device.sm_count) * config.BLOCK_N
+    return cdiv(cdiv(N, config.BLOCK_N), device.sm_count) * config.BLOCK_N
 
 
 def _waves_cost(config: Matmul, device: Device, M: int, N: int) -> float:
     """Relative time of a matmul in tiles: full waves times the area of a tile. A smaller tile feeds
     the tensor cores less well; 10 % a halving, from the published persistent kernels."""
-    tiles = _cdiv(M, config.BLOCK_M) * _cdiv(N, config.BLOCK_N)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(N, config.BLOCK_N)
     area = config.BLOCK_M * config.BLOCK_N
     penalty = 1.0 + 0.1 * max(0, (128 * 256 // area).bit_length() - 1)
-    return _cdiv(tiles, device.sm_count) * area * penalty
+    return cdiv(tiles, device.sm_count) * area * penalty
 
 
 def _decode_programs(config: Decode, N: int) -> int:
-    return _cdiv(N, config.BLOCK_N) * config.SPLITS
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+    return cdiv(N, config.BLOCK_N) * config.SPLITS
 
 
 @functools.lru_cache(maxsize=65536)
@@ -340,7 +340,7 @@ def choose_product(
     shrink, programs = select("shrink", device, bits, M, N), device.sm_count
     if path == "pdl":
         shrink, programs = idle_shrink(matmul, device, bits, M, N, K, r) or (shrink, programs)
-    programs = min(programs, _cdiv(M, shrink.BLOCK_M))
+    programs = min(programs, cdiv(M, shrink.BLOCK_M))
     return Product(path, reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
 
@@ -371,7 +371,7 @@ def _hopper(
         else:
             matmul = beside if followed else matmul
             shrink, programs = window or _shrink_in_time("shrink", device.sm_count, 0.0, *work)
-    programs = min(programs, _cdiv(M, shrink.BLOCK_M))
+    programs = min(programs, cdiv(M, shrink.BLOCK_M))
     return Product("hopper", reason, matmul=matmul, shrink=shrink, shrink_programs=programs)
 
 
@@ -385,7 +385,7 @@ def _path(
             return forced, f"forced by FUSED_LORA_PATH={forced}"
     if can["decode"]:
         few = _defaults("matmul_few", device, bits)
-        tiles = max((_cdiv(N, c.BLOCK_N) for c in few), default=0)
+        tiles = max((cdiv(N, c.BLOCK_N) for c in few), default=0)
         reason = f"M = {M} <= {MAX_DECODE[bits][0]} tokens"
         if M <= FEW_TOKENS or tiles <= device.sm_count // 2:
             return "decode", reason
@@ -407,7 +407,7 @@ def idle_sms(matmul: Matmul, device: Device, M: int, N: int) -> int:
     """How many SMs a persistent matmul leaves idle in its last wave, for one tile time: there a
     shrink launched before it (PDL) is free. One SM more would put off the last wave: seen on an
     H100, 6.7 % over the merged product on 32 SMs, 12.7 % on 33."""
-    return -_cdiv(M, matmul.BLOCK_M) * _cdiv(N, matmul.BLOCK_N) % device.sm_count
+    return -cdiv(M, matmul.BLOCK_M) * cdiv(N, matmul.BLOCK_N) % device.sm_count
 
 
 def idle_shrink(
@@ -422,7 +422,7 @@ def idle_shrink(
     shrink, programs = _shrink_in_time("shrink", idle, seconds, device, bits, M, K, r)
     if _shrink_seconds(shrink, idle, M, K, r) > seconds:
         return None
-    return shrink, min(programs, _cdiv(M, shrink.BLOCK_M))
+    return shrink, min(programs, cdiv(M, shrink.BLOCK_M))
 
 
 def _shrink_in_time(
@@ -433,11 +433,11 @@ def _shrink_in_time(
 
     def cost(shrink: Shrink) -> tuple[float, float]:
         took = _shrink_seconds(shrink, sms, M, K, r)
-        programs = min(sms, _cdiv(M, shrink.BLOCK_M) * _cdiv(r, shrink.block_r(r)))
+        programs = min(sms, cdiv(M, shrink.BLOCK_M) * cdiv(r, shrink.block_r(r)))
         return max(took, seconds), took * programs
 
     shrink = min(_defaults(op, device, bits), key=cost)
-    return shrink, max(1, sms // _cdiv(r, shrink.block_r(r)))
+    return shrink, max(1, sms // cdiv(r, shrink.block_r(r)))
 
 
 def _tile_seconds(matmul: Matmul, K: int) -> float:
@@ -448,9 +448,9 @@ def _tile_seconds(matmul: Matmul, K: int) -> float:
 def _shrink_seconds(shrink: Shrink, programs: int, M: int, K: int, r: int) -> float:
     """Model: an SM streams 100 GB/s, and a step takes at least the 0.25 us of its loads' latency
     (seen on an H100 in tiles of 16 and 128 rows)."""
-    rounds = _cdiv(_cdiv(M, shrink.BLOCK_M) * _cdiv(r, shrink.block_r(r)), programs)
+    rounds = cdiv(cdiv(M, shrink.BLOCK_M) * cdiv(r, shrink.block_r(r)), programs)
     streaming = (shrink.BLOCK_M + shrink.block_r(r)) * K * 2 / 100e9
-    return rounds * max(streaming, _cdiv(K, shrink.BLOCK_K) * 0.25e-6)
+    return rounds * max(streaming, cdiv(K, shrink.BLOCK_K) * 0.25e-6)
 
 
 def rank_grad_tiles(plan: Product | None, device: Device, bits: int, masked: bool) -> RankGrad:
@@ -471,9 +471,9 @@ def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad
     """How many programs share the M rows of one column tile: enough to fill the device twice, and,
     so that beside a dX the work spreads evenly over its SMs, one for about 2048 rows up to eight;
     at least two row blocks each."""
-    blocks = _cdiv(M, config.BLOCK_M)
-    wanted = max(_cdiv(2 * device.sm_count, max(1, column_tiles)), min(8, _cdiv(M, 2048)))
-    return max(1, min(wanted, _cdiv(blocks, 2)))
+    blocks = cdiv(M, config.BLOCK_M)
+    wanted = max(cdiv(2 * device.sm_count, max(1, column_tiles)), min(8, cdiv(M, 2048)))
+    return max(1, min(wanted, cdiv(blocks, 2)))
 
 
 @functools.lru_cache(maxsize=65536)

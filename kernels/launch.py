@@ -22,10 +22,6 @@ from fused_lora.kernels.tape import recording
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=False) -> None:
     """Run `kernel(*tensors, *integers, *floats, *constexprs)` on the current device and stream.
 

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from fused_lora.kernels import adapters, dropout
 from fused_lora.kernels.adapters import WINDOW_RANK
-from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.config import cdiv
+from fused_lora.kernels.launch import launch
 from fused_lora.kernels.sums import add_product
 
 

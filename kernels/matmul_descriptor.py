@@ -12,7 +12,8 @@ import triton.language as tl
 
 from fused_lora.kernels import adapters
 from fused_lora.kernels.adapters import WINDOW_RANK
-from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.config import cdiv
+from fused_lora.kernels.launch import launch
 from fused_lora.kernels.matmul import tile_of
 
 

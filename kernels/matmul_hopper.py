@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_lora.kernels import matmul
-from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.config import cdiv
+from fused_lora.kernels.launch import launch
 
 # Newer Triton has both copies under new names and raises under the old ones
 RENAMED = hasattr(tma, "async_load")

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from fused_lora.kernels import adapters, dropout
-from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.config import cdiv
+from fused_lora.kernels.launch import launch
 from fused_lora.kernels.sums import add_product
 
 SCAN = 1024  # ids a step of the search for those rows takes

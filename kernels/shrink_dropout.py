@@ -12,7 +12,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from fused_lora.kernels import dropout
-from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.config import cdiv
+from fused_lora.kernels.launch import launch
 
 draw = gluon.jit(dropout.draw.fn)
 

@@ -7,7 +7,8 @@ import torch
 
 from fused_lora import FusedLoRALinear, lora_linear, testing
 from fused_lora.kernels import config, decode, matmul_descriptor, rank_grad, tape
-from fused_lora.kernels.launch import cdiv, launch
+from fused_lora.kernels.config import cdiv
+from fused_lora.kernels.launch import launch
 
 triton = pytest.importorskip("triton")
 tl = triton.language
