@@ -156,9 +156,13 @@ class AdapterPack(nn.Module):
 
     def ids(self, names: Sequence[str | None]) -> Tensor:
         """int32 [len(names)] on the pack's device: the adapters' ids, -1 (base only) for None."""
-        ids = [-1 if name is None else self.id(name) for name in names]
         with torch.inference_mode(False):  # they may be saved for backward later
-            return torch.tensor(ids, dtype=torch.int32, device=self.owner.device)
+            return self.kept_ids(names).clone()
+
+    def kept_ids(self, names: Sequence[str | None]) -> Tensor:
+        """The same, made once for all packs and calls: nobody may write to it."""
+        numbers = tuple(-1 if name is None else self.id(name) for name in names)
+        return ids_of_samples(numbers, self.owner.device)
 
     def for_tokens(self, ids: Tensor) -> Adapters:
         """What the operators are told, for ids int32 [M]."""

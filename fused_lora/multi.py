@@ -270,7 +270,7 @@ def use_adapters(
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
     before = [layer._chosen for layer in layers]
-    chosen = [ids if isinstance(ids, Tensor) else layer.pack.ids(ids) for layer in layers]
+    chosen = [ids if isinstance(ids, Tensor) else layer.pack.kept_ids(ids) for layer in layers]
     try:
         for layer, layer_ids in zip(layers, chosen, strict=True):
             layer._chosen = (layer_ids, cu_tokens)

@@ -61,6 +61,18 @@ def test_the_block_chooses_the_adapters_and_blocks_nest():
         pass
 
 
+def test_names_are_copied_to_the_device_once_for_all_layers_and_blocks():
+    model = nn.Sequential(layer_of(), layer_of())
+    given = []
+    for _ in range(2):
+        with use_adapters(model, ["1", None, "0"]):
+            given += [layer._chosen[0] for layer in model]
+    assert len({id(ids) for ids in given}) == 1 and given[0].tolist() == [1, -1, 0]
+    # what a caller gets is his own
+    model[0].pack.ids(["1", None, "0"]).zero_()
+    assert given[0].tolist() == [1, -1, 0]
+
+
 def test_explain_speaks_of_the_total_rank(path):
     path("pdl")
     layer = layer_of(adapters=3, backend="aten")
