@@ -69,9 +69,19 @@ RANK_GRADS = tuple(
 )
 DECODES = tuple(
     config.Decode(n, k, splits, 4, stages, 64)
-    for n, k, splits in itertools.product((64, 128), (64, 128), (1, 2, 4, 8))
-    for stages in ((3, 4) if k == 128 else (4, 6, 8))
-)
+    for n, k, stages in (
+        (64, 64, 4), (64, 64, 6), (64, 64, 8), (64, 128, 3), (64, 128, 4),
+        (128, 64, 4), (128, 64, 6), (128, 128, 3),
+    )
+    for splits in (1, 2, 4, 8)
+)  # fmt: skip
+DECODES_LEFT = tuple(
+    config.Decode(n, k, splits, 4, stages, 64, TOKENS_LEFT=True)
+    for n, k, stages in (
+        (32, 64, 9), (32, 128, 5), (64, 64, 6), (64, 64, 8), (64, 128, 4), (128, 64, 5),
+    )
+    for splits in (1, 2, 4)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,8 @@ def paths(item: Item, device: config.Device, best: Plan) -> Iterator[Plan]:
 
 def tiles(item: Item, device: config.Device, best: Plan) -> Iterator[Plan]:
     if best.decode is not None:
-        yield from (replace(best, decode=decode) for decode in DECODES)
+        left = DECODES_LEFT if item.M > config.FEW_TOKENS else ()
+        yield from (replace(best, decode=decode) for decode in (*DECODES, *left))
     else:
         for matmul in MATMULS[best.path]:
             yield from _on_programs(replace(best, matmul=matmul), item, device)

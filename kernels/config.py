@@ -108,13 +108,14 @@ class Decode:
     SPLITS: int
     num_warps: int
     num_stages: int
-    MIN_BLOCK_R: int = MIN_RANK_BLOCK  # 64 on Hopper, where the left operand has 64 rows at least
+    MIN_ROWS: int = MIN_RANK_BLOCK  # of a left operand: 64 on Hopper
+    TOKENS_LEFT: bool = False  # the left operands are x and S, else W and A
 
     def block_m(self, M: int) -> int:
-        return _power_of_2(M)
+        return max(self.MIN_ROWS if self.TOKENS_LEFT else MIN_RANK_BLOCK, _power_of_2(M))
 
     def block_r(self, r: int) -> int:
-        return max(self.MIN_BLOCK_R, _power_of_2(r))
+        return max(MIN_RANK_BLOCK if self.TOKENS_LEFT else self.MIN_ROWS, _power_of_2(r))
 
 
 KINDS = {

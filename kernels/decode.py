@@ -1,8 +1,11 @@
 """`decode`: the whole layer in one launch for few tokens (M <= 64), K split over programs.
 
 LoRA is linear, so each split applies its own partial S: y = sum_k [x_k W_k^T + (s x_k A_k^T) B^T].
-Splits write fp32 partials and the last to arrive at a tile adds them in index order. W streams
-through as the left operand and the tokens are the right one: a tile is transposed, [N, M].
+Splits write fp32 partials and the last to arrive at a tile adds them in index order.
+
+An instruction of Hopper's tensor cores has 64 rows and 8 columns at least. So for the fewest tokens
+W is the left operand and the tokens are the columns: a tile is [N, M]. With TOKENS_LEFT it is
+[M, N], and the ranks are columns, too.
 """
 
 import triton
@@ -50,6 +53,7 @@ def decode_kernel(
     HAS_SCALING: tl.constexpr,
     STORE_S: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOKENS_LEFT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -64,115 +68,126 @@ def decode_kernel(
     """
     pid_n = tl.program_id(0)
     split = tl.program_id(1)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
-    inside_n = offs_n < N
-    inside_m = offs_m < M
-    x_rows = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm
-    w_columns = w_ptr + offs_n.to(tl.int64)[:, None] * stride_wn
-    a_rows = a_ptr + offs_r.to(tl.int64)[:, None] * stride_ar
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # as rows or columns of a tile [M, N], and of S [M, r], or of their transposes
+    if TOKENS_LEFT:
+        m, n, j = offs_m[:, None], offs_n[None, :], offs_r[None, :]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        side = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    else:
+        m, n, j = offs_m[None, :], offs_n[:, None], offs_r[:, None]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        side = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
+    inside_m, inside_n = m < M, n < N
+    x_rows = x_ptr + m.to(tl.int64) * stride_xm
+    w_columns = w_ptr + n.to(tl.int64) * stride_wn
+    a_rows = a_ptr + j.to(tl.int64) * stride_ar
     if HAS_SCALING:
         scale *= tl.load(scaling_ptr)
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)  # [N, M]
-    side = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)  # [r, M]
     # in steps of BLOCK_K: the compiler must see that columns stay aligned, or loads are narrow
     first = split * steps_per_split * BLOCK_K
     last = min(K, first + steps_per_split * BLOCK_K)
     for k in tl.range(first, last, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        inside_k = offs_k < K
-        columns_k = offs_k.to(tl.int64)[None, :]
-        x = tl.load(x_rows + offs_k[:, None], mask=inside_k[:, None] & inside_m[None, :], other=0.0)
+        if TOKENS_LEFT:
+            of_x, of_w = offs_k[None, :], offs_k[:, None]
+        else:
+            of_x, of_w = offs_k[:, None], offs_k[None, :]
+        x = tl.load(x_rows + of_x, mask=(of_x < K) & inside_m, other=0.0)
         w = tl.load(
-            w_columns + columns_k * stride_wk,
-            mask=inside_n[:, None] & inside_k[None, :],
+            w_columns + of_w.to(tl.int64) * stride_wk,
+            mask=(of_w < K) & inside_n,
             other=0.0,
             eviction_policy="evict_first",
         )
         a = tl.load(
-            a_rows + columns_k * stride_ak,
-            mask=(offs_r < r)[:, None] & inside_k[None, :],
+            a_rows + of_w.to(tl.int64) * stride_ak,
+            mask=(of_w < K) & (j < r),
             other=0.0,
             eviction_policy="evict_last",
         )
-        acc = add_product(acc, w.to(x.dtype), x, INPUT_PRECISION)
-        side = add_product(side, a.to(x.dtype), x, INPUT_PRECISION)
+        if TOKENS_LEFT:
+            a = a.to(x.dtype)  # before both products, as in the matmul's single mode
+            acc = add_product(acc, x, w.to(x.dtype), INPUT_PRECISION)
+            side = add_product(side, x, a, INPUT_PRECISION)
+        else:
+            acc = add_product(acc, w.to(x.dtype), x, INPUT_PRECISION)
+            side = add_product(side, a.to(x.dtype), x, INPUT_PRECISION)
+    if TOKENS_LEFT:
+        of_b = offs_r[:, None]
+    else:
+        of_b = offs_r[None, :]
     b = tl.load(
-        b_ptr + offs_n.to(tl.int64)[:, None] * stride_bn + offs_r.to(tl.int64)[None, :] * stride_br,
-        mask=inside_n[:, None] & (offs_r < r)[None, :],
+        b_ptr + n.to(tl.int64) * stride_bn + of_b.to(tl.int64) * stride_br,
+        mask=inside_n & (of_b < r),
         other=0.0,
     )
     if ids_ptr is not None:
-        scale *= tl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[:, None]
+        scale *= tl.load(column_scaling_ptr + j, mask=j < r, other=0.0)
         own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
-        side = tl.where(tl.trans(own), side, 0.0)
+        side = tl.where(own if TOKENS_LEFT else tl.trans(own), side, 0.0)
     side *= scale
     s = side.to(x_ptr.dtype.element_ty)
-    acc = add_product(acc, b.to(s.dtype), s, INPUT_PRECISION)
     if SPLITS > 1 and s.dtype != tl.float32:
-        # what rounding S took off: partial S may cancel in the sum over the splits, and then their
+        # what rounding S takes off: partial S may cancel in the sum over the splits, and then their
         # rounding is large beside that of the whole S
-        acc = add_product(acc, b.to(s.dtype), (side - s).to(s.dtype), INPUT_PRECISION)
+        acc = _add_adapter(acc, (side - s).to(s.dtype), b, TOKENS_LEFT, INPUT_PRECISION)
+    acc = _add_adapter(acc, s, b, TOKENS_LEFT, INPUT_PRECISION)
 
     if SPLITS > 1:
-        offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + offs_m[None, :]
+        # in the order of the tile
+        if TOKENS_LEFT:
+            offs, offs_s = m * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], m * BLOCK_R + j
+        else:
+            offs, offs_s = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m, j * BLOCK_M + m
         base = partial_ptr + pid_n.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M) + offs
+        base_s = partial_s_ptr + offs_s
         tl.store(base + split * (BLOCK_N * BLOCK_M), acc)
-        offs_s = offs_r[:, None] * BLOCK_M + offs_m[None, :]
         if STORE_S:
             if pid_n == 0:
-                tl.store(partial_s_ptr + split * (BLOCK_R * BLOCK_M) + offs_s, side)
+                tl.store(base_s + split * (BLOCK_R * BLOCK_M), side)
         tl.debug_barrier()  # all threads' stores before the one that announces them
         arrived = tl.atomic_add(counter_ptr + pid_n, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLITS - 1:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+            acc = tl.zeros_like(acc)
             for i in tl.range(0, SPLITS):
                 acc += tl.load(base + i * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             if STORE_S:
                 if pid_n == 0:
-                    side = tl.zeros((BLOCK_R, BLOCK_M), dtype=tl.float32)
+                    side = tl.zeros_like(side)
                     for i in tl.range(0, SPLITS):
-                        side += tl.load(
-                            partial_s_ptr + i * (BLOCK_R * BLOCK_M) + offs_s, cache_modifier=".cg"
-                        )
-                    _store_s(s_ptr, side, offs_r, offs_m, columns, M, stride_sm)
-            _store_y(y_ptr, bias_ptr, acc, offs_n, offs_m, inside_n, inside_m, stride_ym, HAS_BIAS)
+                        side += tl.load(base_s + i * (BLOCK_R * BLOCK_M), cache_modifier=".cg")
+                    _store_s(s_ptr, side, j, m, columns, M, stride_sm)
+            _store_y(y_ptr, bias_ptr, acc, n, m, N, M, stride_ym, HAS_BIAS)
     else:
         if STORE_S:
             if pid_n == 0:
-                _store_s(s_ptr, side, offs_r, offs_m, columns, M, stride_sm)
-        _store_y(y_ptr, bias_ptr, acc, offs_n, offs_m, inside_n, inside_m, stride_ym, HAS_BIAS)
+                _store_s(s_ptr, side, j, m, columns, M, stride_sm)
+        _store_y(y_ptr, bias_ptr, acc, n, m, N, M, stride_ym, HAS_BIAS)
 
 
 @triton.jit
-def _store_y(
-    y_ptr,
-    bias_ptr,
-    acc,
-    offs_n,
-    offs_m,
-    inside_n,
-    inside_m,
-    stride_ym,
-    HAS_BIAS: tl.constexpr,
-):
+def _add_adapter(acc, s, b, TOKENS_LEFT: tl.constexpr, INPUT_PRECISION: tl.constexpr):
+    if TOKENS_LEFT:
+        return add_product(acc, s, b.to(s.dtype), INPUT_PRECISION)
+    else:
+        return add_product(acc, b.to(s.dtype), s, INPUT_PRECISION)
+
+
+@triton.jit
+def _store_y(y_ptr, bias_ptr, acc, n, m, N, M, stride_ym, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=inside_n, other=0.0).to(tl.float32)[:, None]
-    tl.store(
-        y_ptr + offs_m.to(tl.int64)[None, :] * stride_ym + offs_n[:, None],
-        acc.to(y_ptr.dtype.element_ty),
-        mask=inside_n[:, None] & inside_m[None, :],
-    )
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m.to(tl.int64) * stride_ym + n, y, mask=(n < N) & (m < M))
 
 
 @triton.jit
-def _store_s(s_ptr, side, offs_r, offs_m, columns, M, stride_sm):
-    tl.store(
-        s_ptr + offs_m.to(tl.int64)[None, :] * stride_sm + offs_r[:, None],
-        side.to(s_ptr.dtype.element_ty),
-        mask=(offs_r < columns)[:, None] & (offs_m < M)[None, :],
-    )
+def _store_s(s_ptr, side, j, m, columns, M, stride_sm):
+    s = side.to(s_ptr.dtype.element_ty)
+    tl.store(s_ptr + m.to(tl.int64) * stride_sm + j, s, mask=(j < columns) & (m < M))
 
 
 def workspace(M, N, r, config):
@@ -242,6 +257,7 @@ def decode(
             scaling is not None,
             S is not None,
             config.SPLITS,
+            config.TOKENS_LEFT,
             input_precision,
             config.block_m(M),
             config.BLOCK_N,

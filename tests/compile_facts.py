@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import ragged_launches
@@ -242,7 +243,10 @@ def launches(target: str, bits: int):
                 **options,
             )
             yield f"rank_grad[{index}] {name}"
-    for index, tiles in enumerate(table["decode"]):
+    decodes = dict(enumerate(table["decode"]))
+    if table.get("matmul_hopper"):  # no default, but the tuner's to try
+        decodes["left"] = replace(decodes[0], SPLITS=2, TOKENS_LEFT=True)
+    for index, tiles in decodes.items():
         most = config.MAX_DECODE[bits]
         for tokens, r, many in (
             (*most, None),

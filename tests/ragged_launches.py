@@ -3,6 +3,7 @@ knows of an argument is whether 16 divides it, and code for those that it does n
 from that for the large, round sizes of the shipped configurations."""
 
 import itertools
+from dataclasses import replace
 
 import torch
 
@@ -42,9 +43,10 @@ def launches(target: str):
             for index, tiles in enumerate(table["matmul"]):
                 matmul.matmul(X, W, y, tiles, b=b, S=S)
                 yield f"matmul[{index}] {way} {name}"
-            tiles = table["decode"][-1]
-            decode.decode(X, W, a, b, y, tiles, S=S, **work)
-            yield f"decode[-1] {way} {name}"
+            for left in (False, True):
+                tiles = replace(table["decode"][-1], TOKENS_LEFT=left)
+                decode.decode(X, W, a, b, y, tiles, S=S, **work)
+                yield f"decode[-1] {'left ' * left}{way} {name}"
             for index, tiles in enumerate(table["shrink"]):
                 shrink.shrink(X, a, S, tiles, 132)
                 yield f"shrink[{index}] {way} {name}"

@@ -314,10 +314,10 @@ def test_rank_grad(M, K, N, r, dtype, want, splits, masked, device):
         dB.assert_rim_untouched()
 
 
-def decoded(X, w, a, b, bias, splits, store_s, device):
-    """(y, S or None) of one product as Outputs, by `decode`."""
+def decoded(X, w, a, b, bias, splits, store_s, device, left=False):
+    """(y, S or None) of one product as Outputs, by `decode`, with the tokens on the `left`."""
     (M, K), N, r, dtype = X.shape, w.shape[1], a.shape[0], X.dtype
-    tiles = config.Decode(tile(N), tile(K), splits, 4, 2, 64 if M % 2 else 16)
+    tiles = config.Decode(tile(N), tile(K), splits, 4, 2, 64 if M % 2 else 16, left)
     sizes = workspace(M, N, r, tiles)
     partials = [Output(1, size, FP32, device) for size in sizes[:2]]
     counters = Output(1, sizes[2], torch.int32, device)
@@ -332,21 +332,23 @@ def decoded(X, w, a, b, bias, splits, store_s, device):
     return y, S if store_s else None
 
 
+@pytest.mark.parametrize("left", (False, True))
 @pytest.mark.parametrize(("M", "K", "N", "r", "dtype", "splits", "store_s"), DECODE_COVER)
-def test_decode(M, K, N, r, dtype, splits, store_s, device):
+def test_decode(M, K, N, r, dtype, splits, store_s, left, device):
     for operands in products(M, K, N, r, dtype, device):
-        y, S = decoded(*operands, splits, store_s, device)
+        y, S = decoded(*operands, splits, store_s, device, left)
         assert_layer_right(y.matrix, S, *operands)
         y.assert_rim_untouched()
 
 
+@pytest.mark.parametrize("left", (False, True))
 @pytest.mark.parametrize("dtype", (FP16, BF16))
-def test_splits_of_k_whose_partial_s_cancel_are_as_exact_as_eager(dtype, device):
+def test_splits_of_k_whose_partial_s_cancel_are_as_exact_as_eager(dtype, left, device):
     case = make_case(16, 64, 128, 8, dtype, amplify=False, device=device)
     x, half = case.x[:, :64].repeat(1, 2), case.lora_A[:, :64]
     A = torch.cat((half, half / 32 - half), 1)
     operands = x, torch.zeros_like(case.weight).t(), A, case.lora_B.t(), case.bias * 0
-    y, S = decoded(*operands, 2, True, device)
+    y, S = decoded(*operands, 2, True, device, left)
     assert_layer_right(y.matrix, S, *operands)
 
 

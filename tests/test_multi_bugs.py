@@ -13,18 +13,18 @@ from fused_lora.testing import check
 
 OWNED = "adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)"
 WANTED = "tl.where(wanted, K, 0)"
-SCALING = "column_scaling_ptr + offs_r,"
 FEW, MANY = (8, 16, 33), (16,) * 34  # MANY: beyond the window, in several rank blocks
 PAIR = (8, 16)  # what a single launch takes of fp32
 
 
-def where_S_is_formed(module, path, ranks, owned="own"):
+def where_S_is_formed(module, path, ranks, owned="own", column="offs_r"):
+    scaling = f"column_scaling_ptr + {column},"
     edits = {
         "ids of the next token": (OWNED, OWNED.replace("offs_m", "offs_m + 1")),
         "last adapter ignored": (OWNED, f"({OWNED} & (offs_r < r - 16)[None, :])"),
         "every token gets every adapter": (f"tl.where({owned}, ", "tl.where(True, "),
-        "scaling of the first": (SCALING, "column_scaling_ptr + 0 * offs_r,"),
-        "scaling of the next": (SCALING, "column_scaling_ptr + (offs_r + 16) % r,"),
+        "scaling of the first": (scaling, f"column_scaling_ptr + 0 * {column},"),
+        "scaling of the next": (scaling, f"column_scaling_ptr + ({column} + 16) % r,"),
     }
     return [(name, module, *edit, path, ranks) for name, edit in edits.items()]
 
@@ -54,7 +54,7 @@ RANK_GRAD = {
 BUGS = (
     *where_S_is_formed(shrink, "portable", FEW),
     *where_S_is_formed(matmul, "single", PAIR),
-    *where_S_is_formed(decode, "decode", PAIR, owned="tl.trans(own)"),
+    *where_S_is_formed(decode, "decode", PAIR, "own if TOKENS_LEFT else tl.trans(own)", "j"),
     *in_large_packs(shrink, "portable", SHRINK),
     *in_large_packs(matmul, "portable", MATMUL),
     *in_large_packs(matmul_descriptor, "pdl", DESCRIPTOR),

@@ -145,8 +145,8 @@ OTHER_PATHS = (
     Bug(
         "last columns dropped",
         decode,
-        "inside_k = offs_k < K",
-        "inside_k = offs_k < K - 1",
+        "(of_x < K)",
+        "(of_x < K - 1)",
         "decode",
     ),
     Bug(
@@ -168,8 +168,8 @@ OTHER_PATHS = (
     Bug(
         "last token not written",
         decode,
-        "inside_m = offs_m < M",
-        "inside_m = offs_m < M - 1",
+        "(n < N) & (m < M)",
+        "(n < N) & (m < M - 1)",
         "decode",
     ),
     Bug("S not padded", shrink, "(offs_r < columns)", "(offs_r < r)", "pdl", RAGGED[::2]),
