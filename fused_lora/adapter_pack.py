@@ -389,7 +389,7 @@ def pack_for_call(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> CallPack:
     )
     exact = torch.promote_types(lora_A.dtype, torch.float32)
     scalings = tuple(float(scaling) for _, _, scaling in adapters)
-    return CallPack(lora_A, lora_B, *_stays(_tables(ranks, scalings, exact, lora_A.device)))
+    return CallPack(lora_A, lora_B, *_kept(_tables, ranks, scalings, exact, lora_A.device))
 
 
 @functools.lru_cache(maxsize=256)
@@ -416,7 +416,7 @@ def _tables(
 
 def ids_of_samples(ids: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [len(ids)] on the device; kept as the tables are."""
-    return _stays(_ids_of_samples(ids, device))[0]
+    return _kept(_ids_of_samples, ids, device)[0]
 
 
 @functools.lru_cache(maxsize=256)
@@ -428,9 +428,13 @@ def _ids_of_samples(ids: tuple[int, ...], device: torch.device) -> tuple[Tensor]
 _in_graphs: dict[int, tuple[Tensor, ...]] = {}
 
 
-def _stays(tables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A CUDA graph holds addresses and no tensors: what it was captured with is never let go."""
-    capturing = tables[0].is_cuda and not torch.compiler.is_compiling()
-    if capturing and torch.cuda.is_current_stream_capturing():
+def _kept(make: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """What the cached function `make` returns. A CUDA graph holds addresses and no tensors: what it
+    was captured with is never let go. What is made under a mode, a fake tensor's say, is not for
+    later."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return make.__wrapped__(*arguments)
+    tables = make(*arguments)
+    if tables[0].is_cuda and torch.cuda.is_current_stream_capturing():
         _in_graphs[id(tables)] = tables
     return tables

@@ -7,6 +7,7 @@ from multi_cases import fused, make_batch, make_ids, make_pack
 from shapes import BF16, FP32
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fused_lora import MultiLoRALinear, explain, multi_lora_linear, ops, reference, use_adapters
 
@@ -71,6 +72,15 @@ def test_names_are_copied_to_the_device_once_for_all_layers_and_blocks():
     # what a caller gets is his own
     model[0].pack.ids(["1", None, "0"]).zero_()
     assert given[0].tolist() == [1, -1, 0]
+
+
+def test_ids_of_fake_tensors_are_not_kept_for_real_ones():
+    model = nn.Sequential(layer_of())
+    names = ["1", None, "0", "1"]  # which no other test has
+    with FakeTensorMode(), use_adapters(model, names):
+        assert isinstance(model[0]._chosen[0], FakeTensor)
+    with use_adapters(model, names):
+        assert type(model[0]._chosen[0]) is torch.Tensor
 
 
 def test_explain_speaks_of_the_total_rank(path):
