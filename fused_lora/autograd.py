@@ -8,9 +8,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fused_lora import ops
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def differentiable_once(
+    gradients: Callable[[Any, tuple[Tensor | None, ...], Tensor], Gradients],
+) -> Callable[[Any, Tensor], Gradients]:
+    """The `backward` of gradients(ctx, saved tensors, dy), which raises where what it returns is
+    differentiated again. torch's `once_differentiable` raises only for a dy that requires grad:
+    what the gradients owe to x, A and B would count as nothing, without a word."""
+
+    def backward(ctx: Any, dy: Tensor) -> Gradients:
+        saved = ctx.saved_tensors
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return gradients(ctx, saved, dy)
+        with torch.no_grad():
+            grads = gradients(ctx, saved, dy)
+        given = [t for t in (dy, *saved) if t is not None and t.requires_grad]
+        made = [grad for grad in grads if grad is not None]
+        if not given or not made:
+            return grads
+        refusing = iter(_Refusal.apply(len(made), *made, *given))
+        return tuple(None if grad is None else next(refusing) for grad in grads)
+
+    return backward
+
+
+class _Refusal(torch.autograd.Function):
+    """The first `count` tensors, which from now on depend on the others and have no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Gradients:  # type: ignore[override]
+        raise RuntimeError(
+            "trying to differentiate twice through a fused LoRA layer, whose backward is "
+            "differentiable once: use fused_lora.reference.lora_linear there, which is plain "
+            "PyTorch, or PEFT's own layers, unpatched"
+        )
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -68,9 +108,9 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, lora_A, lora_B, S, mask, scaling_tensor, *adapters = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor) -> Gradients:  # type: ignore[override]
+        x, weight, lora_A, lora_B, S, mask, scaling_tensor, *adapters = saved
         needs = list(ctx.needs_input_grad[:5])
         computed = ops.call(
             ops.backward,

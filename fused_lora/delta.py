@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fused_lora import dropout, ops
+from fused_lora.autograd import Gradients, differentiable_once
 from fused_lora.functional import checked_options
 from fused_lora.scale import Scale, padded_rank
 
@@ -101,9 +101,9 @@ class _LoRADelta(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, lora_A, lora_B, S, mask, scaling_tensor = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor) -> Gradients:  # type: ignore[override]
+        x, lora_A, lora_B, S, mask, scaling_tensor = saved
         needs = list(ctx.needs_input_grad[1:4])
         grads: list[Tensor | None] = [None, None, None]
         if any(needs):

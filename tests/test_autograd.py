@@ -224,11 +224,33 @@ def test_hooks_run_and_may_change_what_passes(make, inputs):
         handle.remove()
 
 
-def test_differentiating_twice_says_that_it_cannot(make, inputs):
+@pytest.mark.parametrize("loss", ["linear", "curved"])
+@pytest.mark.parametrize("of", ["x", "lora_A", "lora_B"])
+def test_differentiating_twice_says_that_it_cannot(make, inputs, loss, of):
+    """Also where dY itself has no graph: the gradients owe x, A and B something all the same."""
     layer, x = make(), inputs()
-    (dx,) = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiate twice.*once_differentiable"):
-        dx.sum().backward()
+    leaves = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    y = layer(x) if loss == "linear" else layer(x).sin()
+    (grad,) = torch.autograd.grad(y.sum(), leaves[of], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice through a fused LoRA layer"):
+        grad.pow(2).sum().backward()
+
+
+def test_second_derivatives_are_refused_not_zero(make, inputs):
+    layer, x = make(), inputs().detach()
+    for second in (torch.autograd.functional.hessian, torch.autograd.functional.hvp):
+        arguments = (x,) if second is torch.autograd.functional.hessian else (x, x)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            second(lambda x: layer(x).pow(2).sum(), *arguments)
+
+
+def test_a_graph_of_the_gradients_that_nobody_differentiates_is_harmless(make, inputs):
+    layer, x = make(), inputs()
+    expected = torch.autograd.grad(layer(x).sum(), [x, *trainable(layer)])
+    layer(x).sum().backward(create_graph=True)
+    for tensor, grad in zip([x, *trainable(layer)], expected, strict=True):
+        assert torch.equal(tensor.grad, grad)
+        tensor.grad = None  # or the graph would hold itself
 
 
 @pytest.mark.parametrize("leading", [(M,), (2, M)])
