@@ -36,7 +36,7 @@ def run(step: str, record: Any, deadline: float, dry_run: bool) -> int:
     if dry_run:
         print("\n".join(parts))
         return 0
-    finished = {row["name"] for row in record["rows"] if row["ok"] is not None}
+    finished = {row["name"] for row in record["rows"] if row["ok"]}
     for name, part in parts.items():
         left = deadline - time.time()
         if name in finished or left < 20:
@@ -87,8 +87,9 @@ def _pytest(arguments: list[str]) -> Part:
             if code is None:
                 return _unfinished(seconds)
             counts = _counts(report)
-        # 5: nothing was selected
-        return {"ok": code in (0, 5), **counts, "note": f"pytest {' '.join(arguments)}"}
+        nothing = counts["tests"] == counts["skipped"]  # selected, or able to run here
+        ok = None if nothing and code in (0, 5) else code == 0
+        return {"ok": ok, **counts, "note": f"pytest {' '.join(arguments)}"}
 
     return part
 

@@ -11,8 +11,10 @@ and says so. Protocol, fields and units: benchmarks/README.md.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +155,10 @@ def selected(names: list[str], base: str) -> list[Provider]:
 
 def resume(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]:
     """The finished rows of an interrupted run, if it ran on the same machine and code."""
-    earlier, rows = results.load(path)
+    try:
+        earlier, rows = results.load(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--resume: {path} is no result file of this program: {error!r}") from None
     fixed = ("device", "gpu", "cpu", "torch", "triton", "commit", "dirty", "peak_dtype")
     differing = [name for name in fixed if earlier[name] != meta[name]]
     if differing:
@@ -161,6 +166,12 @@ def resume(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]
     if earlier["command"] != meta["command"]:
         earlier["command"] += f" ; {meta['command']}"
     return earlier, rows
+
+
+def free_name(folder: Path, stem: str) -> Path:
+    """A JSON file of this name, numbered from 2 on where there is one: a run loses no other's."""
+    names = itertools.chain((stem,), (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(p for p in (folder / f"{name}.json" for name in names) if not p.exists())
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -180,6 +191,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
             "--multi measures all its providers in one go, on a plain base: no --providers, no "
             "--resume, no --base"
         )
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.output).close()
+    except OSError as error:  # now, not after the first case
+        parser.error(f"--output: cannot write to {args.output}: {error}")
     args.providers = args.providers.split(",") if args.providers else None
     unknown = set(args.providers or ()) - set(results.PROVIDERS)
     if unknown:
@@ -201,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
         total = len(multi.cases(args, device.type))
         return multi.run(args, device, budget, meta, progress_bar(total))
     what = "latency" if args.base == PLAIN else f"latency-{args.base}"
-    path = args.resume or args.output / f"{machine.file_stem(device, meta['date'], what)}.json"
+    path = args.resume or free_name(args.output, machine.file_stem(device, meta["date"], what))
     rows: list[Row] = []
     if args.resume:
         meta, rows = resume(path, meta)

@@ -125,7 +125,7 @@ def build(provider: str, batch: Batch, mode: str) -> Step:
 
     def step() -> tuple[Tensor, ...]:
         y = forward()
-        return y, *torch.autograd.grad(y, (x, *leaves), batch.dy)
+        return y, *torch.autograd.grad(y, (x, *leaves), batch.dy, materialize_grads=True)
 
     step.unpack = unpack  # type: ignore[attr-defined]
     return step
@@ -136,14 +136,16 @@ def _merged(x: Tensor, batch: Batch):
 
 
 def _loop(x: Tensor, batch: Batch):
-    """What a serving loop does, its rows found beforehand: finding them would wait for the GPU."""
+    """What a serving loop does, its rows found beforehand: finding them would wait for the GPU.
+    Adapters without rows are left out, what there is is added in place."""
     rows = [(batch.ids == g).nonzero().flatten() for g in range(len(batch.factors))]
     factors = [(leaf(A), leaf(B)) for A, B in batch.factors]
 
     def forward() -> Tensor:
         y = F.linear(x, batch.weight)
         for own, (A, B) in zip(rows, factors, strict=True):
-            y = y.index_add(0, own, F.linear(F.linear(x[own], A), B) * SCALING)
+            if len(own):
+                y.index_add_(0, own, F.linear(F.linear(x[own], A), B), alpha=SCALING)
         return y
 
     return forward, [t for pair in factors for t in pair], _of_pairs

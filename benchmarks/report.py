@@ -15,6 +15,7 @@ from typing import Any
 import results
 from results import BASELINES, FUSED, FUSED_TUNED, MERGED, Case, Row
 
+MAX_DRAWN = 80  # cases of a picture
 CPU_NOTICE = (
     "These are CPU figures of the aten path (library matrix products): no Triton kernel ran."
 )
@@ -147,7 +148,8 @@ def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
 
 
 def plot(meta: dict[str, Any], rows: list[Row], path: Path) -> None:
-    """Time over merged, one line of dots a case, one panel a mode; grey: the A/A noise.
+    """Time over merged, one line of dots a case, one panel a mode; grey: the A/A noise. Of more
+    cases than fit, those that every provider was measured on.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -159,11 +161,12 @@ def plot(meta: dict[str, Any], rows: list[Row], path: Path) -> None:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     groups = results.by_case(rows)
-    most = max(len(group) for group in groups.values())
-    panels = {
-        mode: [group for case, group in groups.items() if case.mode == mode and len(group) == most]
-        for mode in dict.fromkeys(case.mode for case in groups)
-    }
+    chosen = list(groups.values())
+    if len(chosen) > MAX_DRAWN:
+        most = max(map(len, chosen))
+        chosen = [group for group in chosen if len(group) == most]
+    modes = dict.fromkeys(case.mode for case in groups)
+    panels = {mode: [g for g in chosen if next(iter(g.values())).mode == mode] for mode in modes}
     height = 2.2 + 0.34 * max(len(shown) for shown in panels.values())
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(5.6 * len(panels), height), squeeze=False, layout="constrained"
@@ -200,7 +203,10 @@ def plot(meta: dict[str, Any], rows: list[Row], path: Path) -> None:
                 handles.setdefault(line.get_label(), line)
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
     where = meta["gpu"] or f"{meta['cpu']}, {meta['threads']} threads: CPU, aten path"
-    figure.suptitle(f"{where}, {rows[0].dtype}, M x K x N", fontsize=11)
+    title = f"{where}, {rows[0].dtype}, M x K x N"
+    if len(chosen) < len(groups):
+        title += f"\n{len(chosen)} of {len(groups)} cases: those of every provider"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

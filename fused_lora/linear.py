@@ -103,16 +103,7 @@ class FusedLoRALinear(LoRALayer):
         on (`requires_grad` is turned off on the very Parameters). `linear` may be a Conv1D of
         transformers (GPT-2): its weight stays stored [in, out], `fan_in_fan_out` says so. Raises
         TypeError if it is not exactly one of the two with a plain floating weight."""
-        conv1d = is_conv1d(linear)
-        plain = conv1d or type(linear) is nn.Linear
-        if not plain or not linear.weight.is_floating_point() or is_wrapped(linear.weight):
-            raise TypeError(
-                f"from_linear takes an nn.Linear with a floating weight: got "
-                f"{type(linear).__name__} with {linear.weight.dtype} in a "
-                f"{type(linear.weight).__name__}"
-                if hasattr(linear, "weight")
-                else f"from_linear takes an nn.Linear: got {type(linear).__name__}"
-            )
+        require_plain(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._setup(
@@ -125,7 +116,7 @@ class FusedLoRALinear(LoRALayer):
             init_lora_weights=init_lora_weights,
             adapter_dtype=adapter_dtype,
             backend=backend,
-            fan_in_fan_out=conv1d,
+            fan_in_fan_out=is_conv1d(linear),
         )
         linear.weight.requires_grad_(False)
         if linear.bias is not None:
@@ -415,3 +406,17 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether `module` is exactly the Conv1D of transformers, a linear layer stored [in, out]."""
     loaded = sys.modules.get("transformers.pytorch_utils")
     return loaded is not None and type(module) is loaded.Conv1D
+
+
+def require_plain(linear: nn.Module) -> None:
+    """Raise TypeError unless `linear` is exactly an nn.Linear or a Conv1D of transformers, with a
+    plain floating weight."""
+    if type(linear) is not nn.Linear and not is_conv1d(linear):
+        raise TypeError(f"from_linear takes an nn.Linear: got {type(linear).__name__}")
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_floating_point() or is_wrapped(weight):
+        raise TypeError(
+            f"from_linear takes an nn.Linear with a floating weight: got {type(linear).__name__} "
+            f"with {weight.dtype} in a {type(weight).__name__}"
+        )

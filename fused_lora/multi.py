@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_lora import ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
 from fused_lora.functional import BACKENDS, autocasted, check_tensors, checked_options, run
-from fused_lora.linear import is_conv1d
+from fused_lora.linear import is_conv1d, require_plain
 
 
 def multi_lora_linear(
@@ -171,9 +171,8 @@ class MultiLoRALinear(nn.Module):
     ) -> MultiLoRALinear:
         """A layer around the weight and bias of `linear`: shared, not copied, and frozen from now
         on. `linear` may be a Conv1D of transformers (GPT-2), whose weight stays stored [in, out].
-        Raises TypeError if it is not exactly one of the two."""
-        if type(linear) is not nn.Linear and not is_conv1d(linear):
-            raise TypeError(f"from_linear takes an nn.Linear: got {type(linear).__name__}")
+        Raises TypeError if it is not exactly one of the two with a plain floating weight."""
+        require_plain(linear)
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._setup(
@@ -264,8 +263,11 @@ def use_adapters(
     checkpointing call backward inside the block: it computes the forward pass again. Blocks nest;
     not thread-safe.
 
-    Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks.
+    Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks,
+    TypeError for one name in place of a sequence of them.
     """
+    if isinstance(ids, str):
+        raise TypeError(f"ids is the string {ids!r}, expected a list, one name per sequence")
     layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")

@@ -95,7 +95,11 @@ def checked_targets(
     model: nn.Module, config: AdapterConfig, common: Mapping[str, Any]
 ) -> list[str]:
     """Paths of the layers that `config` targets, after checking its options."""
-    assert config.target_modules is not None
+    if config.target_modules is None:
+        raise ValueError(
+            "target_modules is None: give a list of ends of paths, a regular expression or "
+            "'all-linear'"
+        )
     targets = find_targets(model, config.target_modules, config.exclude_modules)
     for kind in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, kind)

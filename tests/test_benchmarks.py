@@ -351,6 +351,31 @@ def test_resuming_on_other_code_is_refused(bench, run):
         bench.latency.resume(run.path, {**meta, "torch": "0.1"})
 
 
+def test_a_file_that_cannot_be_resumed_is_named(bench, tmp_path):
+    broken, foreign = tmp_path / "broken.json", tmp_path / "foreign.json"
+    broken.write_text("{")
+    foreign.write_text("[]")
+    for path in (tmp_path / "missing.json", broken, foreign):
+        with pytest.raises(SystemExit, match=path.name):
+            bench.latency.resume(path, {})
+
+
+def test_a_run_takes_a_name_that_no_other_has(bench, tmp_path):
+    names = []
+    for _ in range(3):
+        path = bench.latency.free_name(tmp_path, "latency-cpu")
+        path.write_text("{}")
+        names.append(path.name)
+    assert names == ["latency-cpu.json", "latency-cpu-2.json", "latency-cpu-3.json"]
+
+
+def test_where_nothing_can_be_written_nothing_is_measured(bench, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        bench.latency.parse_arguments([f"--output={tmp_path / 'file'}"])
+    assert "cannot write to" in capsys.readouterr().err
+
+
 def test_an_unknown_provider_or_shape_is_refused_with_the_allowed_set(bench, capsys):
     for arguments, expected in (
         (["--providers", "fast"], "merged (A/A)"),

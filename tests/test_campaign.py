@@ -266,6 +266,22 @@ def test_parts_of_a_checkup_are_done_once_and_a_failure_is_a_row(bench, monkeypa
     assert rows["good"]["extra_mib"] == 1.5 and "planted" in rows["broken"]["note"]
 
 
+@pytest.mark.parametrize(
+    ("body", "code", "ok"),
+    [
+        ("def test(): pass", 0, True),
+        ("def test(): assert 0", 1, False),
+        ("import pytest\ndef test(): pytest.skip('no GPU')", 0, None),
+        ("", 5, None),
+        ("import nothing_of_this_name", 2, False),
+    ],
+)
+def test_a_checkup_whose_tests_were_all_skipped_says_nothing(bench, tmp_path, body, code, ok):
+    (tmp_path / "test_it.py").write_text(body)
+    part = bench.checkups._pytest([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path)])
+    assert part(tmp_path, 60.0)["ok"] is ok
+
+
 def test_failed_tests_are_named(bench, tmp_path):
     text = '<testsuites><testsuite tests="3" skipped="1"><testcase name="a"><failure/></testcase>'
     (tmp_path / "j.xml").write_text(text + '<testcase name="b"/></testsuite></testsuites>')

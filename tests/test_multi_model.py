@@ -60,6 +60,8 @@ def test_the_block_chooses_the_adapters_and_blocks_nest():
         pass
     with pytest.raises(ValueError, match="holds no MultiLoRALinear"), use_adapters(nn.ReLU(), []):
         pass
+    with pytest.raises(TypeError, match="one name per sequence"), use_adapters(model, "01"):
+        pass
 
 
 def test_names_are_copied_to_the_device_once_for_all_layers_and_blocks():
