@@ -200,6 +200,7 @@ def _check_extras(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
             raise ValueError(
                 f"{WEIGHTS_FILE} has {PREFIX}{short(key)} {shape_of(value)}: the model has {got}"
             )
+        _require_here(key, own)
         if uses[id(own)] > 1:
             raise ValueError(
                 f"{PREFIX}{key} would be written to a parameter that the model uses elsewhere too: "
@@ -260,8 +261,9 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
         if not paths or inside:
             reason = f"it holds the LoRA layer {inside[0]}" if inside else "the model has none"
             raise ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
-        parameters = _parameters(model)
-        extras |= {k: p for k, p in parameters.items() if any(k.startswith(f"{q}.") for q in paths)}
+        extras |= _whole_modules(model, name, paths)
+    for key, value in extras.items():
+        _require_here(key, value)
     rslora = {layer.use_rslora for layer in layers.values()}
     alphas = {
         path: layer.lora_alpha if len(rslora) == 1 else layer.scaling * layer.r
@@ -281,6 +283,42 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
         {path: (layer.lora_A.detach(), layer.lora_B.detach()) for path, layer in layers.items()},
         {key: value.detach() for key, value in extras.items()},
     )
+
+
+def _whole_modules(model: nn.Module, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
+    """What `modules_to_save` has for these modules. Raises ValueError for what would be lost, or
+    could not be loaded."""
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    modules = {place.path: m for m, where in module_places(model).items() for place in where}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for path in paths:
+        module = modules[path]
+        state = module.state_dict()
+        buffers = [key for key, _ in module.named_buffers() if key in state]
+        if buffers:
+            raise ValueError(
+                f"modules_to_save has {name!r}, which cannot be saved: an adapter file holds no "
+                f"buffers, {path}.{buffers[0]} would be lost"
+            )
+        for key, parameter in module.named_parameters(path):
+            if uses[id(parameter)] > 1:
+                raise ValueError(
+                    f"modules_to_save has {name!r}, which cannot be saved: {key} is tied to a "
+                    "parameter elsewhere in the model; give the module a copy of its own first"
+                )
+            if id(parameter) not in seen:  # a module in several places has the name of the first
+                found[own_key(clean_path(key))] = parameter
+            seen.add(id(parameter))
+    return found
+
+
+def _require_here(key: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise RuntimeError(
+            f"{key} is on the meta device, as accelerate leaves what it offloads: call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
 
 
 def _adapter_of_packs(

@@ -221,8 +221,11 @@ def unmerge_adapter(model: nn.Module) -> None:
 def unload(model: nn.Module) -> nn.Module:
     """Put plain layers back in the place of the LoRA layers, with the weights as they are now: the
     very base Parameters, or the merged ones after `merge_adapter`. Weights stay frozen. Returns
-    `model`. Raises ValueError if there is no LoRA layer."""
-    require_layers(model)
+    `model`. Raises ValueError if there is no LoRA layer, RuntimeError where accelerate has
+    offloaded one; then nothing changes."""
+    for path, layer in require_layers(model).items():
+        if layer.offloaded:
+            raise RuntimeError(f"{path} cannot be unloaded: {layer.why_not_write()}")
     if isinstance(model, LoRALayer):
         raise ValueError("the model is itself a LoRA layer: call its base_module() or to_linear()")
     places = module_places(model)

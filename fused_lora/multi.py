@@ -260,8 +260,8 @@ def use_adapters(
     filled alike, as `apply_lora` and `load_adapter` fill them; or one name per sequence (None: base
     only), looked up in the pack of each layer. So unchanged model code, a `forward` or `generate`
     of transformers, serves a mixed batch; with beams, name each beam. Under activation
-    checkpointing call backward inside the block: it computes the forward pass again. Blocks nest;
-    not thread-safe.
+    checkpointing call backward inside the block, for each block's loss its own: it computes the
+    forward pass again, with the adapters of the block that it is in. Blocks nest; not thread-safe.
 
     Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks,
     TypeError for one name in place of a sequence of them.

@@ -34,6 +34,12 @@ class QuantizedLoRALinear(LoRALayer):
     """
 
     base_layer: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, quantised: some models look at its dtype."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
     _base: nn.Module | None
     _let_go: bool
 

@@ -72,7 +72,8 @@ def describe_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list
 def describe_values(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(the most common value, a pattern for the others) from {path: value}."""
     default = Counter(values.values()).most_common(1)[0][0]
-    pattern = {path: value for path, value in values.items() if value != default}
+    # the first match counts, and files hold patterns in this order
+    pattern = {path: values[path] for path in sorted(values) if values[path] != default}
     found = {path: pattern.get(match_pattern(pattern, path) or "", default) for path in values}
     if found != values:  # one path is the end of another
         pattern = {f"^{re.escape(path)}": value for path, value in pattern.items()}

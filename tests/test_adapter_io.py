@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -185,6 +186,42 @@ def test_paths_that_end_other_paths_keep_their_own_rank_and_target(targets, tmp_
     torch.testing.assert_close(ours(x), model(x))
     torch.testing.assert_close(theirs(x), model(x))
     assert paths(ours) == paths(model)
+
+
+@pytest.mark.parametrize("pattern", ["alpha_pattern", "rank_pattern"])
+def test_a_pattern_survives_the_order_in_which_files_hold_it(pattern, tmp_path):
+    """Paths of which one ends the other, the odd ones out, and first in the file the shorter."""
+    peft = pytest.importorskip("peft")
+    values = {r"^tower\.q": 9, "^q": 3}
+    options = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear", pattern: values}
+
+    def base():
+        torch.manual_seed(0)
+        tower = nn.Sequential(OrderedDict((name, nn.Linear(4, 4)) for name in ("k", "v", "q")))
+        return nn.Sequential(OrderedDict(tower=tower, q=nn.Linear(4, 4)))
+
+    model, x = apply_lora(base(), **options, init_lora_weights=False), torch.randn(3, 4)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(load_adapter(base(), tmp_path)(x), model(x))
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(x), model(x))
+
+
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, False)
+        self.norm = nn.BatchNorm1d(4)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("head", "tied"), ("embed", "tied"), ("norm", "no buffers, norm.running")]
+)
+def test_whole_modules_that_a_file_cannot_give_back_are_refused(name, reason, tmp_path):
+    model = apply_lora(Headed(), r=2, lora_alpha=4, target_modules=["q"])
+    with pytest.raises(ValueError, match=f"modules_to_save has '{name}'.*{reason}"):
+        save_adapter(model, tmp_path / "a", modules_to_save=[name])
+    assert not (tmp_path / "a").exists()
 
 
 def test_gpt2_adapters_travel_to_peft_and_back(tmp_path):

@@ -33,7 +33,8 @@ def test_an_offloaded_model_is_neither_merged_nor_loaded_nor_saved(tmp_path):
         (model(), (fused_lora.merge_adapter, fused_lora.lora_state_dict)),
         (model(), (lambda m: fused_lora.load_adapter(m, tmp_path),)),
         (model(), (lambda m: fused_lora.save_adapter(m, tmp_path / "other"),)),
-        (merged, (fused_lora.unmerge_adapter,)),
+        (model(), (fused_lora.unload,)),
+        (merged, (fused_lora.unmerge_adapter, fused_lora.unload)),
     ):
         before = given(x)
         accelerate.cpu_offload(given, torch.device("cpu"))

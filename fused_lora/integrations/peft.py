@@ -240,7 +240,7 @@ def _explain_layer(layer: Any, x: Tensor | None) -> str:
     if x is None:
         weight: Any = getattr(layer.get_base_layer(), "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            weight = next(layer.lora_A.parameters())
+            weight = next(layer.lora_A.parameters(), layer.base_layer.weight)
         # not weight.new_empty: quantised tensors have none
         x = torch.empty((1, layer.in_features), dtype=weight.dtype, device=weight.device)
         x = x.expand(DEFAULT_TOKENS, -1)
