@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.adapter_config import CONFIG_FILE, LARGEST_CONFIG, AdapterConfig
-from fused_lora.targets import named
+from fused_lora.targets import named_above
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,11 +30,14 @@ _DTYPES = {
 @dataclass(frozen=True)
 class Adapter:
     """What an adapter directory holds: the configuration, {path: (lora_A [r, in], lora_B [out, r])}
-    and {key: tensor} of trained biases and whole modules, keys as in the base's state_dict."""
+    and {key: tensor} of trained biases and whole modules, keys as in the base's state_dict.
+    embeddings: weights that nothing in the configuration explains; PEFT puts those of the base's
+    embeddings there, if they are targeted or have grown."""
 
     config: AdapterConfig
     factors: dict[str, tuple[Tensor, Tensor]]
     extras: dict[str, Tensor]
+    embeddings: dict[str, Tensor] = field(default_factory=dict)
 
     def for_packs(
         self, what: str, paths: Collection[str]
@@ -60,7 +63,7 @@ class Adapter:
             for path, factors in self.factors.items()
             for letter, factor in zip("AB", factors, strict=True)
         }
-        for key, value in self.extras.items():
+        for key, value in (self.extras | self.embeddings).items():
             path, _, last = key.rpartition(".")
             inside = ".base_layer" if path in self.factors else ""
             tensors[f"{PREFIX}{path}{inside}.{last}" if path else PREFIX + last] = value
@@ -84,21 +87,25 @@ def read_adapter(directory: Path) -> Adapter:
     if config_path.stat().st_size > LARGEST_CONFIG:
         raise ValueError(f"{config_path} has more than {LARGEST_CONFIG} bytes: no configuration")
     config = AdapterConfig.from_json(config_path.read_bytes())
-    tensors = _read_tensors(weights_path)
+    tensors = _read_tensors(weights_path, config)
     pairs: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
+    embeddings: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        found = _FACTOR.fullmatch(key)
+        found, inner = _FACTOR.fullmatch(key), key.removeprefix(PREFIX)
         if found is not None:
             pairs.setdefault(found["path"], {})[found["factor"]] = tensor
-        elif key.startswith(PREFIX) and _is_extra(key.removeprefix(PREFIX), config):
-            inner = key.removeprefix(PREFIX)
-            extras[own_key(inner)] = tensor
+        elif inner != key and _is_extra(inner, config):
+            if ".original_module." in inner:  # with bias="all" the base's own, beside the trained
+                continue
+            own = own_key(inner)
+            if own in extras and not torch.equal(extras[own], tensor):
+                raise ValueError(f"{WEIGHTS_FILE} has two values for {PREFIX}{short(own)}")
+            extras[own] = tensor
+        elif inner != key and inner.endswith(".weight") and tensor.dim() == 2:
+            embeddings[own_key(inner)] = tensor
         else:
-            raise ValueError(
-                f"{WEIGHTS_FILE} has {short(key)}, which no LoRA layer, bias or modules_to_save "
-                f"of {CONFIG_FILE} explains: expected {PREFIX}<path>.lora_A.weight and .lora_B"
-            )
+            raise ValueError(unexplained(key))
     if not pairs:
         raise ValueError(f"{WEIGHTS_FILE} holds no lora_A and lora_B")
     factors = {}
@@ -109,17 +116,18 @@ def read_adapter(directory: Path) -> Adapter:
                 raise ValueError(f"{WEIGHTS_FILE} has no {missing}: an adapter has both factors")
         _check_rank(path, config.rank(path), pair["A"], pair["B"])
         factors[path] = (pair["A"], pair["B"])
-    return Adapter(config, factors, extras)
+    return Adapter(config, factors, extras, embeddings)
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, Tensor]:
     safetensors = _safetensors()
     tensors = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 dtype = file.get_slice(key).get_dtype()
-                if dtype not in _DTYPES:
+                counter = dtype == "I64" and _is_extra(key.removeprefix(PREFIX), config)
+                if dtype not in _DTYPES and not counter:  # BatchNorm's, in a whole module
                     raise ValueError(
                         f"{short(key)} has dtype {dtype}, expected one of {', '.join(_DTYPES)}"
                     )
@@ -162,8 +170,16 @@ def check_same(what: str, expected: set[str], given: set[str]) -> None:
         )
 
 
+def unexplained(key: str) -> str:
+    return (
+        f"{WEIGHTS_FILE} has {short(key)}, which no LoRA layer, bias or modules_to_save of "
+        f"{CONFIG_FILE} explains: expected {PREFIX}<path>.lora_A.weight and .lora_B"
+    )
+
+
 def own_key(key: str) -> str:
-    """The key that a parameter has in the base model: an adapter may have wrapped its layer."""
+    """The key that a parameter has in the base model: PEFT may have wrapped its layer."""
+    key = re.sub(r"(^|\.)modules_to_save\.", r"\1", key)
     return re.sub(r"\.base_layer\.(bias|weight)$", r".\1", key)
 
 
@@ -172,9 +188,7 @@ def _is_extra(key: str, config: AdapterConfig) -> bool:
     path, _, last = key.rpartition(".")
     if last == "bias" and config.bias != "none":
         return True
-    above = path.split(".")
-    paths = (".".join(above[:n]) for n in range(1, len(above) + 1))
-    return any(named(config.modules_to_save or [], p) for p in paths)
+    return named_above(config.modules_to_save or [], path)
 
 
 def _safetensors() -> Any:

@@ -3,10 +3,9 @@ refused leaves the model exactly as it was."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,22 @@ from torch import Tensor, nn
 from fused_lora.adapter_config import CONFIG_FILE, AdapterConfig
 from fused_lora.adapter_files import (
     PREFIX,
-    WEIGHTS_FILE,
     Adapter,
     adapter_folder,
     check_same,
-    own_key,
     read_adapter,
     shape_of,
-    short,
 )
 from fused_lora.atomic import write_directory
+from fused_lora.extras import (
+    all_names,
+    checked_extras,
+    new_embeddings,
+    require_here,
+    require_same_embeddings,
+    whole_modules,
+    written,
+)
 from fused_lora.layer import LoRALayer
 from fused_lora.model import (
     Bias,
@@ -40,15 +45,12 @@ from fused_lora.multi import MultiLoRALinear
 from fused_lora.packs import put_adapter
 from fused_lora.places import (
     Replacement,
-    clean_path,
     find_targets,
     lora_layers,
     module_places,
     pack_layers,
 )
-from fused_lora.targets import describe_targets, describe_values, layer_index, named
-
-_ORIGINALS = "_fused_lora_originals"
+from fused_lora.targets import describe_targets, describe_values, layer_index, named_above
 
 
 def save_adapter(
@@ -91,7 +93,8 @@ def load_adapter(
     have; layers that are merged are merged with it. Parameters stay the same objects where the rank
     does, so an optimizer or a CUDA graph keeps them. In a model without LoRA layers they are put in
     first. Biases and whole modules in the file are written over the model's; loading an adapter
-    without them brings the original values back.
+    without them brings the original values back. Embeddings that PEFT has saved beside the adapter
+    are the base's: where they differ from the model's, they are written over those for good.
 
     A model with packs (`apply_lora(adapters=...)`) gets the adapter into all of them in place, as
     one more or in the place of the adapter of this name, in the packs' dtype; the id stays, a new
@@ -101,14 +104,16 @@ def load_adapter(
 
     Only safetensors are read, never pickle. Raises FileNotFoundError without files, ValueError,
     naming key or field, for a file that is broken, does not fit the model or asks for what this
-    library does not compute, RuntimeError if merge(keep_base=False) let a base weight go or the
-    layers are sharded. Then the model is exactly as it was.
+    library does not compute, RuntimeError if merge(keep_base=False) let a base weight go, other
+    embeddings would be written to a merged layer or the layers are sharded. Then the model is
+    exactly as it was.
     """
     given, model = model, unwrapped(model)
     packs = pack_layers(model)
     folder = adapter_folder(directory, name)
     if packs:
         adapter = read_adapter(folder if folder.is_dir() else Path(directory))
+        require_same_embeddings(model, adapter)
         put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))
         return given
     adapter = read_adapter(folder)
@@ -119,7 +124,6 @@ def load_adapter(
         _check_targets(model, adapter)
     else:
         check_same("LoRA layers of the model", set(layers), set(adapter.factors))
-    extras = _check_extras(model, adapter)
     options = {}
     for path, (lora_A, lora_B) in adapter.factors.items():
         dtype = torch.promote_types(lora_A.dtype, lora_B.dtype)
@@ -142,8 +146,9 @@ def load_adapter(
                 f"{path} is merged and merge(keep_base=False) let its base weight go: load a base "
                 "checkpoint first"
             )
+    extras, embeddings = checked_extras(model, adapter), new_embeddings(model, adapter)
     config = adapter.config
-    with all_or_nothing(layers.values()), _written(model, extras):
+    with all_or_nothing(layers.values()), written(model, extras, embeddings):
         for path, layer in layers.items():
             layer.set_adapter(
                 *adapter.factors[path],
@@ -170,6 +175,8 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
                 chosen = config.layers_to_transform
                 chosen = chosen if isinstance(chosen, list) else [chosen]
                 targets = [path for path in targets if layer_index(path) in chosen]
+            whole = config.modules_to_save or []  # PEFT leaves alone what is trained whole
+            targets = [path for path in targets if path in given or not named_above(whole, path)]
             check_same(f"target_modules of {CONFIG_FILE}", set(targets), given)
 
 
@@ -189,52 +196,6 @@ def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) 
             )
 
 
-def _check_extras(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
-    """The biases and modules of the file, after checking that they can be written."""
-    parameters = _parameters(model)
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    for key, value in adapter.extras.items():
-        own = parameters.get(key)
-        if own is None or own.shape != value.shape:
-            got = "no such parameter" if own is None else f"a parameter {shape_of(own)}"
-            raise ValueError(
-                f"{WEIGHTS_FILE} has {PREFIX}{short(key)} {shape_of(value)}: the model has {got}"
-            )
-        _require_here(key, own)
-        if uses[id(own)] > 1:
-            raise ValueError(
-                f"{PREFIX}{key} would be written to a parameter that the model uses elsewhere too: "
-                "give that module a copy of its own first"
-            )
-        if not own.is_floating_point() or not value.to(own.dtype).isfinite().all():
-            raise ValueError(f"{PREFIX}{key} does not fit the model's {own.dtype}")
-    return adapter.extras
-
-
-@contextlib.contextmanager
-def _written(model: nn.Module, extras: dict[str, Tensor]) -> Iterator[None]:
-    """Write `extras` over the model's parameters and bring back those that an earlier adapter had
-    written; undone if the context fails."""
-    parameters = _parameters(model)
-    originals: dict[str, Tensor] = getattr(model, _ORIGINALS, {})
-    written = {*extras, *originals} & set(parameters)
-    kept = {key: parameters[key].detach().clone() for key in written}
-    values = originals | extras
-    try:
-        with torch.no_grad():
-            for key in kept:
-                parameters[key].copy_(values[key])
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for key, value in kept.items():
-                parameters[key].copy_(value)
-        raise
-    remembered = {key: originals.get(key, kept[key]) for key in extras}
-    if remembered or originals:
-        setattr(model, _ORIGINALS, remembered)
-
-
 def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | None) -> Adapter:
     layers = require_layers(model)
     for path, layer in layers.items():
@@ -249,21 +210,11 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
                     "process and save that"
                 )
     biases = bias_parameters(model, bias)
-    extras: dict[str, Tensor] = {own_key(key): value for key, value in biases.items()}
+    extras = all_names(model, biases)
     for name in modules_to_save or ():
-        paths = [
-            place.path
-            for where in module_places(model).values()
-            for place in where
-            if named([name], place.path)
-        ]
-        inside = [path for path in layers if any(f"{path}.".startswith(f"{p}.") for p in paths)]
-        if not paths or inside:
-            reason = f"it holds the LoRA layer {inside[0]}" if inside else "the model has none"
-            raise ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
-        extras |= _whole_modules(model, name, paths)
+        extras |= whole_modules(model, name, list(layers))
     for key, value in extras.items():
-        _require_here(key, value)
+        require_here(key, value)
     rslora = {layer.use_rslora for layer in layers.values()}
     alphas = {
         path: layer.lora_alpha if len(rslora) == 1 else layer.scaling * layer.r
@@ -283,42 +234,6 @@ def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | No
         {path: (layer.lora_A.detach(), layer.lora_B.detach()) for path, layer in layers.items()},
         {key: value.detach() for key, value in extras.items()},
     )
-
-
-def _whole_modules(model: nn.Module, name: str, paths: Sequence[str]) -> dict[str, Tensor]:
-    """What `modules_to_save` has for these modules. Raises ValueError for what would be lost, or
-    could not be loaded."""
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    modules = {place.path: m for m, where in module_places(model).items() for place in where}
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for path in paths:
-        module = modules[path]
-        state = module.state_dict()
-        buffers = [key for key, _ in module.named_buffers() if key in state]
-        if buffers:
-            raise ValueError(
-                f"modules_to_save has {name!r}, which cannot be saved: an adapter file holds no "
-                f"buffers, {path}.{buffers[0]} would be lost"
-            )
-        for key, parameter in module.named_parameters(path):
-            if uses[id(parameter)] > 1:
-                raise ValueError(
-                    f"modules_to_save has {name!r}, which cannot be saved: {key} is tied to a "
-                    "parameter elsewhere in the model; give the module a copy of its own first"
-                )
-            if id(parameter) not in seen:  # a module in several places has the name of the first
-                found[own_key(clean_path(key))] = parameter
-            seen.add(id(parameter))
-    return found
-
-
-def _require_here(key: str, value: Tensor) -> None:
-    if value.is_meta:
-        raise RuntimeError(
-            f"{key} is on the meta device, as accelerate leaves what it offloads: call "
-            "accelerate.hooks.remove_hook_from_submodules(model) first"
-        )
 
 
 def _adapter_of_packs(
@@ -361,7 +276,3 @@ def _config_of(
         base_model_name_or_path=getattr(getattr(model, "config", None), "_name_or_path", None),
         **fields,
     )
-
-
-def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {own_key(clean_path(key)): parameter for key, parameter in model.named_parameters()}

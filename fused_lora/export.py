@@ -40,8 +40,8 @@ def export_adapter(
     fp32). For SGLang missing ones of q, k, v and of gate, up get zero factors, since its loader
     stacks them. "peft" writes the adapter as it is.
 
-    Raises ValueError for another server, for trained biases and whole modules that the server
-    cannot load, and where the shape of a missing layer is not known (give the model then);
+    Raises ValueError for another server, for trained biases, whole modules and embeddings that the
+    server cannot load, and where the shape of a missing layer is not known (give the model then);
     otherwise as `load_adapter` for the files and `save_adapter` for the model.
     """
     if for_ not in ("vllm", "sglang", "peft"):
@@ -63,6 +63,11 @@ def _refuse_extras(adapter: Adapter, for_: Server) -> None:
     allowed = _VLLM_MODULES if for_ == "vllm" else ()
     if adapter.config.bias != "none":
         raise ValueError(f"{for_} cannot load trained biases (bias={adapter.config.bias!r})")
+    for key in adapter.embeddings:
+        raise ValueError(
+            f"{for_} takes embeddings from the base model, the file has its own ({key}): save the "
+            "adapter with save_embedding_layers=False, or the base model with these embeddings"
+        )
     for name in adapter.config.modules_to_save or ():
         if name not in allowed:
             raise ValueError(

@@ -174,7 +174,7 @@ class FusedLoRALinear(LoRALayer):
         seed: Tensor | None = None,
     ) -> Tensor:
         if not self.adapter_enabled:
-            base = self._base_weight() if self._merged else weight
+            base = self.base_weight() if self._merged else weight
             return F.linear(x, self._matrix(base), bias)
         self._require_adapters()
         if self._merged:
@@ -228,7 +228,7 @@ class FusedLoRALinear(LoRALayer):
         if not self._merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
         self._require_writable()
-        base = self._base_weight()
+        base = self.base_weight()
         if not isinstance(base, nn.Parameter):
             base = nn.Parameter(base, requires_grad=self.weight.requires_grad)
         self.weight = base
@@ -287,7 +287,7 @@ class FusedLoRALinear(LoRALayer):
         self.weight = snapshot["weight"]
         self._set_base(snapshot["base"], merged=snapshot["merged"])
 
-    def _base_weight(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """W0, merged or not, where and in the dtype that `weight` is; raises if it was let go."""
         if not self._merged:
             return self.weight

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapter_config import AdapterConfig
+from fused_lora.extras import originals_back
 from fused_lora.layer import InitLoRA, LoRALayer
 from fused_lora.packs import apply_packs
 from fused_lora.places import (
@@ -165,15 +166,18 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 @contextlib.contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what its base does, merged or not, bit for bit (the
-    reference model of DPO, for example). Raises RuntimeError if a base weight was let go by
-    merge(keep_base=False), ValueError if there is no LoRA layer."""
+    reference model of DPO, for example). Biases and whole modules that `load_adapter` wrote over
+    the model's own are away, too; those trained in place are the model's and stay. Raises
+    RuntimeError if a base weight was let go by merge(keep_base=False), ValueError if there is no
+    LoRA layer."""
     layers = require_layers(model)
     _require_kept_base(layers, "disable_adapters")
     before = [(layer, layer.adapter_enabled) for layer in layers.values()]
     try:
         for layer, _ in before:
             layer.adapter_enabled = False
-        yield model
+        with originals_back(model):
+            yield model
     finally:
         for layer, enabled in before:
             layer.adapter_enabled = enabled

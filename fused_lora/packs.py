@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fused_lora.adapter_config import AdapterConfig
 from fused_lora.adapter_files import read_adapter
 from fused_lora.adapter_pack import AdapterPack
+from fused_lora.extras import require_same_embeddings
 from fused_lora.layer import InitLoRA, check_adapter_options, initialise
 from fused_lora.multi import MultiLoRALinear
 from fused_lora.places import (
@@ -52,7 +53,9 @@ def apply_packs(
                 for path in checked_targets(model, config, common)
             }
         else:
-            loaded = read_adapter(Path(given)).for_packs("modules of the model", paths)
+            adapter = read_adapter(Path(given))
+            require_same_embeddings(model, adapter)
+            loaded = adapter.for_packs("modules of the model", paths)
             plans[name] = {
                 path: (len(A), scaling, (A, B)) for path, (A, B, scaling) in loaded.items()
             }

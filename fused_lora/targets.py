@@ -53,6 +53,12 @@ def named(names: str | Sequence[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
+def named_above(names: Sequence[str], path: str) -> bool:
+    """Whether a list of ends of paths names `path` or what it is in."""
+    above = path.split(".")
+    return any(named(names, ".".join(above[:n])) for n in range(1, len(above) + 1))
+
+
 def layer_index(path: str) -> int | None:
     """The number of the layer that `path` is in, None if it is in none: PEFT's rule for
     layers_to_transform."""

@@ -64,29 +64,6 @@ def test_peft_loads_what_was_saved_with_identical_logits(case, tmp_path):
         assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
 
 
-@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
-def test_biases_and_whole_modules_travel_to_peft_and_back(bias, tmp_path):
-    peft = pytest.importorskip("peft")
-    whole = ["lm_head"] if bias != "all" else None  # PEFT itself cannot read back both
-    config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["q_proj"], bias=bias, modules_to_save=whole
-    )
-    theirs = peft.get_peft_model(llama(), config).eval()
-    for key, parameter in theirs.named_parameters():
-        if parameter.requires_grad:
-            assert "lora" in key or "bias" in key or "lm_head" in key
-            parameter.data.add_(torch.randn_like(parameter))
-    theirs.save_pretrained(tmp_path)
-    expected = theirs(TOKENS).logits
-    ours = load_adapter(llama(), tmp_path)
-    torch.testing.assert_close(ours(TOKENS).logits, expected)
-    save_adapter(ours, tmp_path / "ours", bias=bias, modules_to_save=whole)
-    again = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
-    torch.testing.assert_close(again(TOKENS).logits, expected)
-    one, two = (load_file(folder / WEIGHTS) for folder in (tmp_path, tmp_path / "ours"))
-    assert set(one) == set(two) and all(torch.equal(one[key], two[key]) for key in one)
-
-
 def test_a_named_adapter_is_kept_as_peft_keeps_it(tmp_path):
     peft = pytest.importorskip("peft")
     save_adapter(trained(), tmp_path, name="task")
@@ -121,24 +98,6 @@ def test_loading_into_a_live_model_switches_tasks(keep_base, r, tmp_path):
     if keep_base is not None:
         fused_lora.unmerge_adapter(model)
         assert torch.equal(layer.weight, plain().layers[0].q.weight)
-
-
-def test_switching_back_restores_the_biases_that_an_adapter_had_replaced(tmp_path):
-    model = trained()
-    save_adapter(model, tmp_path / "without")
-    expected = model(inputs())
-    for key, parameter in model.named_parameters():
-        if key.endswith("bias"):
-            parameter.data.add_(1)
-    save_adapter(model, tmp_path / "with", bias="all", modules_to_save=["norm"])
-    changed = model(inputs())
-    model.lm_head.bias.data.add_(1)
-    save_adapter(model, tmp_path / "other", bias="all")
-    again, model = model(inputs()), trained()
-    for _ in range(2):
-        assert torch.equal(load_adapter(model, tmp_path / "with")(inputs()), changed)
-        assert torch.equal(load_adapter(model, tmp_path / "other")(inputs()), again)
-        assert torch.equal(load_adapter(model, tmp_path / "without")(inputs()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -204,24 +163,6 @@ def test_a_pattern_survives_the_order_in_which_files_hold_it(pattern, tmp_path):
     save_adapter(model, tmp_path)
     torch.testing.assert_close(load_adapter(base(), tmp_path)(x), model(x))
     torch.testing.assert_close(peft.PeftModel.from_pretrained(base(), tmp_path)(x), model(x))
-
-
-class Headed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.q, self.head = nn.Embedding(9, 4), nn.Linear(4, 4), nn.Linear(4, 9, False)
-        self.norm = nn.BatchNorm1d(4)
-        self.head.weight = self.embed.weight
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"), [("head", "tied"), ("embed", "tied"), ("norm", "no buffers, norm.running")]
-)
-def test_whole_modules_that_a_file_cannot_give_back_are_refused(name, reason, tmp_path):
-    model = apply_lora(Headed(), r=2, lora_alpha=4, target_modules=["q"])
-    with pytest.raises(ValueError, match=f"modules_to_save has '{name}'.*{reason}"):
-        save_adapter(model, tmp_path / "a", modules_to_save=[name])
-    assert not (tmp_path / "a").exists()
 
 
 def test_gpt2_adapters_travel_to_peft_and_back(tmp_path):

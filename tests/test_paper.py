@@ -166,10 +166,10 @@ def test_a_switch_that_does_not_restore_the_base_is_seen(
     ]
     layer = type(models[0].encoder.layer[0].attention.self.query)
     if broken:  # subtracts the update instead of keeping W0
-        kept = layer._base_weight
+        kept = layer.base_weight
         monkeypatch.setattr(
             layer,
-            "_base_weight",
+            "base_weight",
             lambda self: self.weight - self.delta_weight() if self.merged else kept(self),
         )
     found = paper.paper_costs.switching(own.encoder, models)

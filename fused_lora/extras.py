@@ -1,0 +1,230 @@
+"""What an adapter file holds beside the factors: trained biases, whole modules, embeddings. Checked
+against a model, written over its own values, and those brought back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_lora.adapter_files import (
+    PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    own_key,
+    shape_of,
+    short,
+    unexplained,
+)
+from fused_lora.linear import FusedLoRALinear
+from fused_lora.places import clean_path, module_places
+from fused_lora.targets import named
+
+_ORIGINALS = "_fused_lora_originals"
+
+
+class Held(NamedTuple):
+    """A parameter or persistent buffer: every module that has it with its name there, and all its
+    keys in a state_dict of the base model."""
+
+    tensor: Tensor
+    places: list[tuple[nn.Module, str]]
+    keys: list[str]
+
+    @property
+    def tied(self) -> bool:
+        return len(self.places) > 1
+
+    def put(self, tensor: Tensor) -> None:
+        for module, name in self.places:
+            table = module._parameters if name in module._parameters else module._buffers
+            table[name] = tensor  # type: ignore[assignment]
+
+
+def held_tensors(model: nn.Module) -> dict[str, Held]:
+    """{key: Held}, the same one for all keys of a tensor."""
+    found: dict[str, Held] = {}
+    of: dict[int, Held] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        persistent = module._buffers.keys() - module._non_persistent_buffers_set
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is None or (name in module._buffers and name not in persistent):
+                continue
+            key = own_key(clean_path(f"{path}.{name}" if path else name))
+            held = found[key] = of.setdefault(id(tensor), Held(tensor, [], []))
+            held.keys.append(key)
+            if (module, name) not in held.places:
+                held.places.append((module, name))
+    return found
+
+
+def checked_extras(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The biases and modules of the file, after checking that they can be written."""
+    held = held_tensors(model)
+    seen: dict[int, Tensor] = {}
+    for key, value in adapter.extras.items():
+        own = _own(held, key, value)
+        biases = adapter.config.bias == "all" and all(k.endswith("bias") for k in own.keys)
+        if own.tied and not biases:
+            raise ValueError(
+                f"{PREFIX}{key} would be written to a parameter that the model uses elsewhere too: "
+                "give that module a copy of its own first"
+            )
+        if not torch.equal(seen.setdefault(id(own.tensor), value), value):
+            raise ValueError(
+                f"{PREFIX}{key} has other values than {' and '.join(own.keys)}, which are one "
+                "parameter in the model: take the adapter of this model"
+            )
+    return adapter.extras
+
+
+def new_embeddings(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The embeddings that PEFT has put into the file and that are not the model's own already.
+    Raises ValueError for what is none of the model's embeddings, or does not fit them."""
+    held = held_tensors(model)
+    expected = _embedding_keys(model, held)
+    new = {}
+    for key, value in adapter.embeddings.items():
+        if key not in expected:
+            raise ValueError(unexplained(PREFIX + key))
+        own = _own(held, key, value)
+        merged = [m for m, _ in own.places if isinstance(m, FusedLoRALinear) and m.merged]
+        base = merged[0].base_weight() if merged else own.tensor
+        if torch.equal(base.detach(), value.to(base.device, base.dtype)):
+            continue
+        if merged:
+            raise RuntimeError(f"{key} is merged: call unmerge_adapter() before loading another")
+        new[key] = value
+    return new
+
+
+def require_same_embeddings(model: nn.Module, adapter: Adapter) -> None:
+    """Raise ValueError if the file has other embeddings than the model: adapters of a batch share
+    them."""
+    for key in new_embeddings(model, adapter):
+        raise ValueError(
+            f"{WEIGHTS_FILE} has {PREFIX}{short(key)} with other values than the model, whose "
+            "embeddings all adapters of a batch share: load this adapter alone, into a model "
+            "without packs"
+        )
+
+
+def _own(held: dict[str, Held], key: str, value: Tensor) -> Held:
+    """What `value` would be written to, if it can be."""
+    own = held.get(key)
+    if own is None or own.tensor.shape != value.shape:
+        got = "no such parameter" if own is None else f"a parameter {shape_of(own.tensor)}"
+        raise ValueError(
+            f"{WEIGHTS_FILE} has {PREFIX}{short(key)} {shape_of(value)}: the model has {got}"
+        )
+    require_here(key, own.tensor)
+    floating = own.tensor.is_floating_point() and value.is_floating_point()
+    finite = floating and bool(value.to(own.tensor.dtype).isfinite().all())
+    if not finite and (floating or own.tensor.dtype != value.dtype):
+        raise ValueError(f"{PREFIX}{key} does not fit the model's {own.tensor.dtype}")
+    return own
+
+
+def _embedding_keys(model: nn.Module, held: dict[str, Held]) -> set[str]:
+    weights = set()
+    for which in ("get_input_embeddings", "get_output_embeddings"):
+        getter: Callable[[], nn.Module | None] | None = getattr(model, which, None)
+        with contextlib.suppress(NotImplementedError):
+            embedding = getter() if callable(getter) else None
+            weights.add(id(getattr(embedding, "weight", None)))
+    return {key for key, own in held.items() if id(own.tensor) in weights}
+
+
+def require_here(key: str, value: Tensor) -> None:
+    if value.is_meta:
+        raise RuntimeError(
+            f"{key} is on the meta device, as accelerate leaves what it offloads: call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
+
+
+@contextlib.contextmanager
+def written(
+    model: nn.Module, extras: dict[str, Tensor], embeddings: dict[str, Tensor]
+) -> Iterator[None]:
+    """Write `extras` over the model's own and bring back those that an earlier adapter had written;
+    undone if the context fails. `embeddings` are the base's and stay."""
+    held = held_tensors(model)
+    originals: dict[str, Tensor] = getattr(model, _ORIGINALS, {})
+    values = {key: value for key, value in originals.items() if key in held} | extras | embeddings
+    kept = {key: held[key].tensor.detach().clone() for key in values}
+    try:
+        _copy(held, values)
+        yield
+    except BaseException:
+        _copy(held, kept)
+        raise
+    remembered = {key: originals.get(key, kept[key]) for key in extras}
+    if remembered or originals:
+        setattr(model, _ORIGINALS, remembered)
+
+
+def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in values.items():
+            held[key].tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def originals_back(model: nn.Module) -> Iterator[None]:
+    """Within the context the model has the values that an adapter file was written over, frozen, in
+    Parameters of their own: what a graph made outside has kept stays as it is."""
+    loaded = [module for module in model.modules() if _ORIGINALS in vars(module)]
+    changed: list[Held] = []
+    try:
+        for module in loaded:
+            held = held_tensors(module)
+            for key, value in vars(module)[_ORIGINALS].items():
+                if key in held:
+                    own = held[key]
+                    value = value.to(own.tensor.device, own.tensor.dtype)
+                    if isinstance(own.tensor, nn.Parameter):
+                        value = nn.Parameter(value, requires_grad=False)
+                    changed.append(own)
+                    own.put(value)
+        yield
+    finally:
+        for own in reversed(changed):
+            own.put(own.tensor)
+
+
+def all_names(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """{key: tensor} of these parameters under all keys that they have: PEFT reads each of them."""
+    chosen = {id(parameter) for parameter in parameters.values()}
+    return {k: own.tensor for k, own in held_tensors(model).items() if id(own.tensor) in chosen}
+
+
+def whole_modules(model: nn.Module, name: str, lora_paths: Sequence[str]) -> dict[str, Tensor]:
+    """What `modules_to_save` has for the modules of this name. Raises ValueError for what would be
+    lost, or could not be loaded."""
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
+
+    every = module_places(model).values()
+    chosen = [where for where in every if any(named([name], place.path) for place in where)]
+    paths = [place.path for where in chosen for place in where]
+    if not paths:
+        raise refuse("the model has none")
+    for path in lora_paths:
+        if any(f"{path}.".startswith(f"{other}.") for other in paths):
+            raise refuse(f"it holds the LoRA layer {path}")
+    found: dict[str, Tensor] = {}
+    for own in {id(each): each for each in held_tensors(model).values()}.values():
+        keys = [key for key in own.keys if any(key.startswith(f"{path}.") for path in paths)]
+        if keys and own.tied:
+            raise refuse(
+                f"{keys[0]} is tied to a parameter elsewhere in the model; give the module a copy "
+                "of its own first"
+            )
+        if keys:  # a module in several places has the name of the first
+            found[keys[0]] = own.tensor
+    return found
