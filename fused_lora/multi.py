@@ -114,6 +114,30 @@ def _ids_of_sequences(adapter_ids: Tensor, cu_tokens: Tensor, x: Tensor) -> Tens
     return ids[torch.searchsorted(cu_tokens, positions, right=True) - 1]
 
 
+class _Chosen:
+    """What a layer takes inside one use_adapters block, and how often it was called there."""
+
+    def __init__(self, ids: Tensor, cu_tokens: Tensor | None) -> None:
+        self.ids, self.cu_tokens = ids, cu_tokens
+        self._calls, self._backward, self._again = 0, -1, 0
+
+    def count(self) -> None:
+        """A call: what activation checkpointing computes again in one backward pass cannot be more
+        than what was computed in this block, unless it is from another one. Raises RuntimeError."""
+        backward = torch._C._current_graph_task_id()  # -1 outside of backward
+        if backward == -1:
+            self._calls += 1
+            return
+        self._again = 1 if backward != self._backward else self._again + 1
+        self._backward = backward
+        if self._again > self._calls:
+            raise RuntimeError(
+                "activation checkpointing computes a forward pass again that was not made in this "
+                "use_adapters block, and would take this block's adapters: call backward inside "
+                "the block that made the forward pass, for each block's loss its own"
+            )
+
+
 class MultiLoRALinear(nn.Module):
     """A linear layer with a frozen base weight and a pack of adapters, one for each token.
 
@@ -213,7 +237,7 @@ class MultiLoRALinear(nn.Module):
             device=base.weight.device,
             dtype=adapter_dtype or base.weight.dtype,
         )
-        self._chosen: tuple[Tensor, Tensor | None] | None = None
+        self._chosen: _Chosen | None = None
 
     def forward(
         self, x: Tensor, adapter_ids: Tensor | None = None, cu_tokens: Tensor | None = None
@@ -221,19 +245,23 @@ class MultiLoRALinear(nn.Module):
         """[..., in_features] -> [..., out_features]. adapter_ids and cu_tokens as in
         `multi_lora_linear`; without adapter_ids, those of the `use_adapters` block the call is in.
         Raises RuntimeError outside one."""
-        chosen = self._chosen if adapter_ids is None else (adapter_ids, cu_tokens)
-        if chosen is None:
-            raise RuntimeError(
-                "no adapter ids: call the model inside use_adapters(model, ids), or the layer with "
-                "adapter_ids"
-            )
+        if adapter_ids is None:
+            chosen = self._chosen
+            if chosen is None:
+                raise RuntimeError(
+                    "no adapter ids: call the model inside use_adapters(model, ids), or the layer "
+                    "with adapter_ids"
+                )
+            if not torch.compiler.is_compiling():
+                chosen.count()
+            adapter_ids, cu_tokens = chosen.ids, chosen.cu_tokens
         return multi_lora_linear(
             x,
             self._matrix(),
             self.pack,
-            chosen[0],
+            adapter_ids,
             self.bias,
-            cu_tokens=chosen[1],
+            cu_tokens=cu_tokens,
             dropout_p=self.lora_dropout if self.training else 0.0,
             backend=self.backend,
         )
@@ -264,7 +292,8 @@ def use_adapters(
     forward pass again, with the adapters of the block that it is in. Blocks nest; not thread-safe.
 
     Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks,
-    TypeError for one name in place of a sequence of them.
+    TypeError for one name in place of a sequence of them; a layer raises RuntimeError if
+    checkpointing computes another block's forward pass again.
     """
     if isinstance(ids, str):
         raise TypeError(f"ids is the string {ids!r}, expected a list, one name per sequence")
@@ -275,7 +304,7 @@ def use_adapters(
     chosen = [ids if isinstance(ids, Tensor) else layer.pack.kept_ids(ids) for layer in layers]
     try:
         for layer, layer_ids in zip(layers, chosen, strict=True):
-            layer._chosen = (layer_ids, cu_tokens)
+            layer._chosen = _Chosen(layer_ids, cu_tokens)
         yield
     finally:
         for layer, earlier in zip(layers, before, strict=True):

@@ -8,6 +8,7 @@ from shapes import BF16, FP32
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from fused_lora import MultiLoRALinear, explain, multi_lora_linear, ops, reference, use_adapters
 
@@ -69,7 +70,7 @@ def test_names_are_copied_to_the_device_once_for_all_layers_and_blocks():
     given = []
     for _ in range(2):
         with use_adapters(model, ["1", None, "0"]):
-            given += [layer._chosen[0] for layer in model]
+            given += [layer._chosen.ids for layer in model]
     assert len({id(ids) for ids in given}) == 1 and given[0].tolist() == [1, -1, 0]
     # what a caller gets is his own
     model[0].pack.ids(["1", None, "0"]).zero_()
@@ -80,9 +81,44 @@ def test_ids_of_fake_tensors_are_not_kept_for_real_ones():
     model = nn.Sequential(layer_of())
     names = ["1", None, "0", "1"]  # which no other test has
     with FakeTensorMode(), use_adapters(model, names):
-        assert isinstance(model[0]._chosen[0], FakeTensor)
+        assert isinstance(model[0]._chosen.ids, FakeTensor)
     with use_adapters(model, names):
-        assert type(model[0]._chosen[0]) is torch.Tensor
+        assert type(model[0]._chosen.ids) is torch.Tensor
+
+
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_checkpointing_takes_its_own_blocks_adapters_or_says_that_it_cannot(use_reentrant):
+    names, others = ["1", None, "0"], ["0", "0", "1"]
+    model = nn.Sequential(layer_of(), nn.Linear(N, K), layer_of(), nn.Linear(N, K))
+    x = torch.randn(3, K, requires_grad=True)
+    factors = [p for p in model.parameters() if p.requires_grad]
+
+    def forward(again):
+        y = x
+        for block in (model[:2], model[2:], model[:2]):
+            y = checkpoint(block, y, use_reentrant=use_reentrant) if again else block(y)
+        return y.square().sum()
+
+    def grads(loss):
+        for parameter in model.parameters():
+            parameter.grad = None
+        loss.backward(retain_graph=True)
+        return [p.grad.clone() for p in factors if p.grad is not None]
+
+    with use_adapters(model, names):
+        expected = grads(forward(False))
+        with use_adapters(model, others):
+            forward(True)
+        loss = forward(True)
+        for _ in range(2):
+            assert all(map(torch.equal, grads(loss), expected))
+    with use_adapters(model, names):
+        loss = forward(True)
+    with use_adapters(model, others):
+        with pytest.raises(RuntimeError, match="not made in this use_adapters block"):
+            grads(loss)
+        with pytest.raises(RuntimeError, match="not made in this use_adapters block"):
+            grads(loss + forward(True))
 
 
 def test_explain_speaks_of_the_total_rank(path):
