@@ -146,7 +146,8 @@ class FusedLoRALinear(LoRALayer):
 
     @property
     def merged(self) -> bool:
-        """Whether `weight` currently holds W0 + scaling * B A."""
+        """Whether `weight` currently holds W0 + scaling * B A. A Parameter that is assigned to
+        `weight` afterwards is a new base: with it the layer is not merged."""
         return self._merged
 
     def reset_parameters(self) -> None:
@@ -395,6 +396,15 @@ class FusedLoRALinear(LoRALayer):
                     f"{shape}; give a checkpoint of a layer of this size and rank"
                 )
         return None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # another weight is another base: so a model ties an output layer to its embedding again.
+        # FSDP exchanges a Parameter for its shard, and back
+        state = self.__dict__
+        given = name == "weight" and state.get("_merged") and type(value) is nn.Parameter
+        if given and not state.get("_is_fsdp_managed_module"):
+            self._set_base(None, merged=False)
 
     def _set_base(self, base: Tensor | None, *, merged: bool) -> None:
         # past nn.Module's attribute, which would register a kept base weight as a parameter

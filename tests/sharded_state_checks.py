@@ -116,6 +116,18 @@ def fsdp_refuses_to_merge_what_it_would_undo():
         torch.testing.assert_close(model(x), alone(x))
 
 
+def fsdp_leaves_merged_layers_merged():
+    model, alone = twins()
+    for each in (model, alone):
+        each.requires_grad_(False)
+        merge_adapter(each)
+    shard(model)
+    x = data()[0][0]
+    for _ in range(2):
+        torch.testing.assert_close(model(mine(x)), mine(alone(x)))
+        assert model.blocks[0].up.merged
+
+
 def adapters_of_sharded_layers_are_not_exchanged():
     model, _ = twins()
     alone = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -187,6 +199,7 @@ TWO_RANKS = [
     fsdp_builds_on_the_meta_device_and_refuses_to_run_before_it_has_adapters,
     a_layer_outside_of_fsdps_forward_is_refused,
     fsdp_refuses_to_merge_what_it_would_undo,
+    fsdp_leaves_merged_layers_merged,
     adapters_of_sharded_layers_are_not_exchanged,
     a_split_layer_merges_and_unmerges_in_shards,
     split_layers_start_from_the_first_ranks_adapters,

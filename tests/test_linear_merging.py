@@ -46,6 +46,19 @@ def test_a_layer_can_be_merged_again_with_another_keep_base():
 
 
 @pytest.mark.parametrize("keep_base", KEEP_BASE)
+def test_a_weight_that_is_assigned_to_a_merged_layer_is_its_new_base(keep_base):
+    layer, x, new = make(), inputs(), nn.Parameter(torch.randn(N, K))
+    other = make()
+    other.weight = new
+    layer.merge(keep_base).weight = new
+    assert layer.weight is new and not layer.merged and layer.has_base
+    assert torch.equal(layer(x), other(x))
+    layer.merge(keep_base)
+    layer.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(layer(x), other(x)) and not layer.merged
+
+
+@pytest.mark.parametrize("keep_base", KEEP_BASE)
 def test_merging_adds_no_parameter(keep_base):
     layer = make().merge(keep_base)
     assert [name for name, _ in layer.named_parameters()] == KEYS

@@ -180,6 +180,22 @@ def test_generation_with_an_adapter_for_each_sequence_gives_the_same_tokens(beam
     assert counts["full"] >= 5 * LAYERS and counts["peft"] == counts["delta"] == 0
 
 
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_a_merged_output_layer_that_is_tied_again_keeps_its_adapter(keep_base):
+    model = llama()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    apply_lora(model, r=4, lora_alpha=4, target_modules=["lm_head"], init_lora_weights=False)
+    tokens = torch.arange(3, 11)[None]
+    expected = model(tokens).logits
+    merge_adapter(model, keep_base)
+    assert model.lm_head.merged
+    torch.testing.assert_close(model(tokens).logits, expected)
+    model.resize_token_embeddings(WORDS)
+    assert torch.equal(model(tokens).logits, expected)
+    assert model.lm_head.weight is model.model.embed_tokens.weight and not model.lm_head.merged
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_gives_the_same_gradients_with_dropout(reentrant):
     gradients = []
