@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import Gradients, differentiable_once
-from fused_lora.functional import checked_options
+from fused_lora.functional import checked_options, require_seen_through
 from fused_lora.scale import Scale, padded_rank
 
 
@@ -54,6 +54,8 @@ def lora_delta(
     problem = _why_not_writable(base_output) if in_place else None
     if problem is not None:
         raise ValueError(f"base_output {problem}, in_place=True cannot write to it: pass False")
+    if not torch.compiler.is_compiling():
+        require_seen_through(recorded=True)
     options = checked_options(base_output, scaling, dropout_p, seed, backend)
     rows = x.to(base_output.dtype).reshape(-1, lora_A.shape[1])  # [M, K]
     return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place)

@@ -77,14 +77,11 @@ def run(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     )
+    if not torch.compiler.is_compiling():
+        require_seen_through(wants_grad)
     if wants_grad:
         y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, options, adapters, unpack)
     else:
-        if not torch.compiler.is_compiling() and transformed():
-            raise RuntimeError(
-                "torch.func transforms and forward-mode differentiation do not see through the "
-                "fused layer: use fused_lora.reference.lora_linear there, which is plain PyTorch"
-            )
         scaling, scaling_tensor, dropout_p, seed, backend = options
         y = ops.call(
             ops.forward,
@@ -102,6 +99,20 @@ def run(
             False,
         )[0]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_B.shape[0])
+
+
+def require_seen_through(recorded: bool) -> None:
+    """Raise RuntimeError inside of what cannot look into the layer; recorded: by autograd."""
+    if transformed():
+        raise RuntimeError(
+            "torch.func transforms and forward-mode differentiation do not see through the "
+            "fused layer: use fused_lora.reference.lora_linear there, which is plain PyTorch"
+        )
+    if recorded and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            "torch.jit.trace cannot record the fused layer: use torch.export, or trace it under "
+            "torch.no_grad() if its base is not quantised"
+        )
 
 
 def transformed() -> bool:

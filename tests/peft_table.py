@@ -176,6 +176,10 @@ def distributed(model, x):
         dist.destroy_process_group()
 
 
+def traced(model, x):
+    return torch.jit.trace(model, x.detach(), check_trace=False)(x)
+
+
 def tangents(model, x):
     return torch.func.jvp(model, (x,), (x,))[1]
 
@@ -251,6 +255,7 @@ FEATURES = [
     ),
     Feature("DTensor weights", run=distributed),
     Feature("torch.export", run=exported),
+    Feature("torch.jit.trace", run=traced),
     Feature("torch.func.jvp", run=tangents),
     Feature("nested (jagged) x", run=nested),
     Feature(

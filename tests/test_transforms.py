@@ -49,8 +49,16 @@ def test_dual_numbers_are_refused(backend):
 @pytest.mark.parametrize("transform", (torch.func.grad, torch.func.jacrev))
 def test_transforms_of_a_layer_with_gradients_are_refused(transform):
     layer = frozen().requires_grad_(True)
-    with pytest.raises(RuntimeError, match="setup_context"):
+    with pytest.raises(RuntimeError, match=SAID):
         transform(lambda x: layer(x).sum())(torch.randn(5, 16))
+
+
+def test_a_trace_is_taken_without_gradients_or_refused():
+    layer, x = frozen().requires_grad_(True), torch.randn(5, 16)
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record .*torch.no_grad\(\)"):
+        torch.jit.trace(layer, x)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
 
 
 @pytest.mark.parametrize("backend", ("triton", "aten"))

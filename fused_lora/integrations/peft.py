@@ -398,6 +398,8 @@ def _why_peft(
         return f"{_name(x.dtype)} x under autocast in {_name(_compute_dtype(x))}"
     if torch.compiler.is_compiling():
         return "being exported" if torch.compiler.is_exporting() else None
+    if torch._C._get_tracing_state() is not None:
+        return "being traced"
     if transformed():
         return "inside of a torch.func transform or forward-mode differentiation"
     return "global module hooks" if _has_any_global_hook() else None
