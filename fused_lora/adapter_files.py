@@ -152,22 +152,27 @@ def _check_rank(path: str, r: int, lora_A: Tensor, lora_B: Tensor) -> None:
 def adapter_folder(directory: str | os.PathLike[str], name: str | None) -> Path:
     if name is None or name == "default":
         return Path(directory)
-    if name in ("", os.curdir, os.pardir) or re.search(r"[/\\\0:]", name):
-        raise ValueError(f"{name!r} is no adapter name: give a plain name, without separators")
+    check_name(name)
     return Path(directory) / name
 
 
-def check_same(what: str, expected: set[str], given: set[str]) -> None:
-    for path in sorted(given - expected):
-        raise ValueError(
-            f"{WEIGHTS_FILE} has {PREFIX}{short(path)}.lora_A.weight, which is not among the "
-            f"{what}: call unload() and load again, or take the adapter of this model"
-        )
-    for path in sorted(expected - given):
-        raise ValueError(
-            f"{WEIGHTS_FILE} has no {PREFIX}{short(path)}.lora_A.weight, which is among the "
-            f"{what}: call unload() and load again, or take the adapter of this model"
-        )
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that an adapter's folder cannot have."""
+    plain = isinstance(name, str) and name not in ("", os.curdir, os.pardir)
+    if not plain or re.search(r"[/\\\0:]", name):
+        raise ValueError(f"{name!r} is no adapter name: give a plain name, without separators")
+
+
+def check_same(what: str, expected: set[str], given: set[str], remedy: str) -> None:
+    for verb, whose, paths in (
+        ("has", "not among", given - expected),
+        ("has no", "among", expected - given),
+    ):
+        for path in sorted(paths):
+            raise ValueError(
+                f"{WEIGHTS_FILE} {verb} {PREFIX}{short(path)}.lora_A.weight, which is {whose} the "
+                f"{what}: {remedy}"
+            )
 
 
 def unexplained(key: str) -> str:

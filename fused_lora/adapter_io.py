@@ -123,7 +123,8 @@ def load_adapter(
     if not layers:
         _check_targets(model, adapter)
     else:
-        check_same("LoRA layers of the model", set(layers), set(adapter.factors))
+        remedy = "call unload() and load again, or take the adapter of this model"
+        check_same("LoRA layers of the model", set(layers), set(adapter.factors), remedy)
     options = {}
     for path, (lora_A, lora_B) in adapter.factors.items():
         dtype = torch.promote_types(lora_A.dtype, lora_B.dtype)
@@ -166,7 +167,8 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
     config = adapter.config
     places = {place.path for where in module_places(model).values() for place in where}
     given = set(adapter.factors)
-    check_same("modules of the model", places & given, given)
+    remedy = "take the adapter of this model"
+    check_same("modules of the model", places & given, given, remedy)
     if isinstance(config.target_modules, list) and not isinstance(config.exclude_modules, str):
         first = {where[0].path for where in module_places(model).values()}
         if given <= first and not config.layers_pattern:
@@ -177,7 +179,7 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
                 targets = [path for path in targets if layer_index(path) in chosen]
             whole = config.modules_to_save or []  # PEFT leaves alone what is trained whole
             targets = [path for path in targets if path in given or not named_above(whole, path)]
-            check_same(f"target_modules of {CONFIG_FILE}", set(targets), given)
+            check_same(f"target_modules of {CONFIG_FILE}", set(targets), given, remedy)
 
 
 def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> None:

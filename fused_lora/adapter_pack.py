@@ -98,7 +98,8 @@ class AdapterPack(nn.Module):
         columns and computes the base.
 
         Raises ValueError, before anything is written, if the name is taken, shapes do not fit, a
-        value is not finite (it would leak into the tokens of other adapters), or room is missing.
+        value is not finite (it would leak into the tokens of other adapters), or room is missing;
+        RuntimeError if accelerate has offloaded the pack.
         """
         if name in self._entries:
             raise ValueError(f"there is an adapter {name!r} already: use replace(), or remove() it")
@@ -126,6 +127,7 @@ class AdapterPack(nn.Module):
     def remove(self, name: str) -> None:
         """Zero and free the columns of `name`. Raises KeyError if there is no such adapter."""
         entry = self._entry(name)
+        self.require_storage()
         self._clear(entry)
         self.window[entry.id] = 0
         del self._entries[name]
@@ -151,6 +153,7 @@ class AdapterPack(nn.Module):
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A copy of the adapter: lora_A [r, in_features] and lora_B [out_features, r]."""
+        self.require_storage()
         columns = self.columns(name)
         return self.lora_A.detach()[columns], self.lora_B.detach()[:, columns]
 
@@ -164,9 +167,25 @@ class AdapterPack(nn.Module):
         numbers = tuple(-1 if name is None else self.id(name) for name in names)
         return ids_of_samples(numbers, self.owner.device)
 
+    def forward(self) -> CallPack:
+        """The pack for one call. A layer calls its pack, as modules are called, for the hooks with
+        which accelerate brings what it has offloaded."""
+        return CallPack(self.lora_A, self.lora_B, self.owner, self.scaling, self.window)
+
     def for_tokens(self, ids: Tensor) -> Adapters:
         """What the operators are told, for ids int32 [M]."""
         return Adapters(ids, self.owner, self.scaling, self.window)
+
+    def require_storage(self) -> None:
+        """Raise ValueError if the factors hold no values, RuntimeError if accelerate has offloaded
+        them."""
+        if self.owner.is_meta:
+            raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
+        if self.lora_A.is_meta:
+            raise RuntimeError(
+                "accelerate has offloaded the pack, and would put the old factors back: call "
+                "accelerate.hooks.remove_hook_from_submodules(model) first"
+            )
 
     def memory(self) -> dict[str, int]:
         """Bytes: "adapters" (columns in use, padding included), "free" (columns that can be given
@@ -208,8 +227,7 @@ class AdapterPack(nn.Module):
                 f"{tuple(lora_B.shape)}, expected [r, {self.in_features}] and "
                 f"[{self.out_features}, r]: it belongs to a layer of another size"
             )
-        if self.owner.is_meta:
-            raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
+        self.require_storage()
         # copies: they may be views of the very columns that `write` clears first
         factors = {
             "lora_A": lora_A.detach().to(self.lora_A, copy=True),

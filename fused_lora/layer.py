@@ -27,6 +27,7 @@ class LoRALayer(nn.Module):
 
     in_features: int
     out_features: int
+    weight: Tensor
     bias: Tensor | None
     lora_A: Tensor
     lora_B: Tensor
@@ -139,9 +140,17 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     def reset_lora_parameters(self) -> None:
-        """Initialise lora_A and lora_B as `init_lora_weights` says."""
+        """Initialise lora_A and lora_B as `init_lora_weights` says; where only they are still on
+        the meta device, on the base's. Raises RuntimeError if the layer is merged or offloaded."""
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before reset_lora_parameters()")
+        if self.offloaded:
+            raise RuntimeError(self.why_not_write())
+        if self.lora_A.is_meta and not self.weight.is_meta:
+            for name in ("lora_A", "lora_B"):
+                own = getattr(self, name)
+                empty = torch.empty_like(own, device=self.weight.device)
+                setattr(self, name, nn.Parameter(empty, requires_grad=own.requires_grad))
         initialise(self.lora_A, self.lora_B, self.init_lora_weights)
         self.adapters_ready = not self.lora_A.is_meta
 
@@ -184,7 +193,8 @@ class LoRALayer(nn.Module):
             given = {}
             for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
                 own = getattr(self, name)
-                device = value.device if own.is_meta else own.device
+                holder = self.weight if own.is_meta else own
+                device = value.device if holder.is_meta else holder.device
                 given[name] = value.to(device, own.dtype, copy=True)
             if merged_by is not None:
                 self.unmerge()

@@ -258,7 +258,7 @@ class MultiLoRALinear(nn.Module):
         return multi_lora_linear(
             x,
             self._matrix(),
-            self.pack,
+            self.pack(),
             adapter_ids,
             self.bias,
             cu_tokens=cu_tokens,

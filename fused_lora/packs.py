@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_lora.adapter_config import AdapterConfig
-from fused_lora.adapter_files import read_adapter
+from fused_lora.adapter_files import check_name, read_adapter
 from fused_lora.adapter_pack import AdapterPack
 from fused_lora.extras import require_same_embeddings
 from fused_lora.layer import InitLoRA, check_adapter_options, initialise
@@ -41,6 +41,7 @@ def apply_packs(
     paths = [where[0].path for where in module_places(model).values()]
     plans: dict[str, dict[str, tuple[int, float, tuple[Tensor, Tensor] | None]]] = {}
     for name, given in adapters.items():
+        check_name(name)
         if isinstance(given, Mapping):
             for unknown in [key for key in given if key not in own]:
                 raise ValueError(
@@ -101,10 +102,11 @@ def add_adapter(
     place. Options as there; "all-linear" is every layer with a pack. The id is the smallest free
     one.
 
-    Raises ValueError if the name is taken, a target has no pack, room is missing, or there are no
-    packs; then all packs are as they were.
+    Raises ValueError if the name is taken or could be no folder's, a target has no pack, room is
+    missing, or there are no packs; then all packs are as they were.
     """
     layers = _require_packs(model)
+    check_name(name)
     if any(name in layer.pack.names for layer in layers.values()):
         raise ValueError(f"there is an adapter {name!r} already: delete_adapter() removes it")
     if target_modules == "all-linear":
@@ -138,6 +140,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     KeyError if there is no such adapter, ValueError if there are no packs."""
     layers = _require_packs(model)
     _require_alike(layers)
+    for layer in layers.values():
+        layer.pack.require_storage()
     for layer in layers.values():
         layer.pack.remove(name)
 

@@ -36,7 +36,7 @@ class QuantizedLoRALinear(LoRALayer):
     base_layer: nn.Module
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The base layer's, quantised: some models look at its dtype."""
         return self.base_layer.weight  # type: ignore[return-value]
 

@@ -33,7 +33,7 @@ def test_an_offloaded_model_is_neither_merged_nor_loaded_nor_saved(tmp_path):
         (model(), (fused_lora.merge_adapter, fused_lora.lora_state_dict)),
         (model(), (lambda m: fused_lora.load_adapter(m, tmp_path),)),
         (model(), (lambda m: fused_lora.save_adapter(m, tmp_path / "other"),)),
-        (model(), (fused_lora.unload,)),
+        (model(), (fused_lora.unload, lambda m: m[0].reset_lora_parameters())),
         (merged, (fused_lora.unmerge_adapter, fused_lora.unload)),
     ):
         before = given(x)
@@ -45,6 +45,33 @@ def test_an_offloaded_model_is_neither_merged_nor_loaded_nor_saved(tmp_path):
     accelerate.hooks.remove_hook_from_submodules(merged)
     fused_lora.unmerge_adapter(merged)
     torch.testing.assert_close(merged(x), model()(x))
+
+
+def test_an_offloaded_pack_is_served_and_not_changed(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    packed = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    options = {"r": 4, "lora_alpha": 4}
+    adapters = {"a": options, "b": options}
+    fused_lora.apply_lora(packed, adapters=adapters, total_rank=48, init_lora_weights=False)
+    names = ["a", None, "b"]
+    with fused_lora.use_adapters(packed, names):
+        before = packed(x[:3])
+    fused_lora.save_adapter(packed, tmp_path / "a", name="a")
+    accelerate.cpu_offload(packed, torch.device("cpu"))
+    for call in (
+        lambda: fused_lora.save_adapter(packed, tmp_path / "other", name="a"),
+        lambda: fused_lora.load_adapter(packed, tmp_path / "a", name="a"),
+        lambda: fused_lora.add_adapter(packed, "c", r=4, lora_alpha=4),
+        lambda: fused_lora.delete_adapter(packed, "a"),
+    ):
+        with pytest.raises(RuntimeError, match=r"offloaded.*remove_hook_from_submodules"):
+            call()
+    with fused_lora.use_adapters(packed, packed[0].pack.ids(names)):
+        assert torch.equal(packed(x[:3]), before)
+    with fused_lora.use_adapters(packed, names):
+        assert torch.equal(packed(x[:3]), before)
 
 
 class Half(nn.Module):

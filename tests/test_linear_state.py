@@ -179,3 +179,21 @@ def test_a_layer_around_a_meta_linear_refuses_to_run():
     layer.reset_lora_parameters()
     with pytest.raises(RuntimeError, match="built on the meta device"):
         layer(inputs())
+
+
+@pytest.mark.parametrize("how", ("reset", "set"))
+def test_adapters_are_made_where_a_base_was_assigned_to_a_meta_layer(how):
+    base, x = nn.Linear(K, N), inputs()
+    layer = FusedLoRALinear(K, N, device="meta", r=R)
+    layer.lora_B.requires_grad_(False)
+    layer.load_state_dict(base.state_dict(), assign=True)
+    with pytest.raises(RuntimeError, match=r"not initialised.*call reset_lora_parameters\(\)"):
+        layer(x)
+    if how == "reset":
+        layer.reset_lora_parameters()
+        assert torch.equal(layer(x), base(x))
+    else:
+        A, B = torch.randn(2, K), torch.randn(N, 2)
+        layer.set_adapter(A, B, lora_alpha=2)
+        torch.testing.assert_close(layer(x), base(x) + x @ A.t() @ B.t())
+    assert layer.lora_A.requires_grad and not layer.lora_B.requires_grad
