@@ -117,9 +117,13 @@ def _ids_of_sequences(adapter_ids: Tensor, cu_tokens: Tensor, x: Tensor) -> Tens
 class _Chosen:
     """What a layer takes inside one use_adapters block, and how often it was called there."""
 
-    def __init__(self, ids: Tensor, cu_tokens: Tensor | None) -> None:
-        self.ids, self.cu_tokens = ids, cu_tokens
+    def __init__(self, ids: Tensor, beam_ids: Tensor | None, cu_tokens: Tensor | None) -> None:
+        self.ids, self.beam_ids, self.cu_tokens = ids, beam_ids, cu_tokens
         self._calls, self._backward, self._again = 0, -1, 0
+
+    def ids_for(self, x: Tensor) -> Tensor:
+        beams = self.beam_ids
+        return self.ids if beams is None or x.shape[:1] != beams.shape[:1] else beams
 
     def count(self) -> None:
         """A call: what activation checkpointing computes again in one backward pass cannot be more
@@ -254,7 +258,7 @@ class MultiLoRALinear(nn.Module):
                 )
             if not torch.compiler.is_compiling():
                 chosen.count()
-            adapter_ids, cu_tokens = chosen.ids, chosen.cu_tokens
+            adapter_ids, cu_tokens = chosen.ids_for(x), chosen.cu_tokens
         return multi_lora_linear(
             x,
             self._matrix(),
@@ -280,31 +284,58 @@ class MultiLoRALinear(nn.Module):
 
 @contextlib.contextmanager
 def use_adapters(
-    model: nn.Module, ids: Tensor | Sequence[str | None], cu_tokens: Tensor | None = None
+    model: nn.Module,
+    ids: Tensor | Sequence[str | None],
+    cu_tokens: Tensor | None = None,
+    *,
+    num_beams: int = 1,
 ) -> Iterator[None]:
     """Inside the block, the MultiLoRALinear layers of `model` take these adapters.
 
-    ids, cu_tokens: as `adapter_ids` and `cu_tokens` of `multi_lora_linear`, for packs that were
-    filled alike, as `apply_lora` and `load_adapter` fill them; or one name per sequence (None: base
-    only), looked up in the pack of each layer. So unchanged model code, a `forward` or `generate`
-    of transformers, serves a mixed batch; with beams, name each beam. Under activation
-    checkpointing call backward inside the block, for each block's loss its own: it computes the
-    forward pass again, with the adapters of the block that it is in. Blocks nest; not thread-safe.
+    So unchanged model code, a `forward` or `generate` of transformers, serves a mixed batch. Under
+    activation checkpointing call backward inside the block, for each block's loss its own: it
+    computes the forward pass again, with the adapters of the block that it is in. Blocks nest; not
+    thread-safe.
 
-    Raises ValueError if the model has no MultiLoRALinear, KeyError for a name that a pack lacks,
-    TypeError for one name in place of a sequence of them; a layer raises RuntimeError if
-    checkpointing computes another block's forward pass again.
+    Args:
+        ids, cu_tokens: as `adapter_ids` and `cu_tokens` of `multi_lora_linear`, for packs that were
+            filled alike, as `apply_lora` and `load_adapter` fill them; or one name per sequence
+            (None: base only), looked up in the pack of each layer.
+        num_beams: how many rows `generate` makes of a sequence, by num_beams or by
+            num_return_sequences. Layers that are called with as many rows as there are ids, the
+            encoder's, and those that are called with num_beams times as many both take them.
+
+    Raises ValueError if the model has no MultiLoRALinear, num_beams is below 1 or beams are to be
+    packed by cu_tokens, KeyError for a name that a pack lacks, TypeError for one name in place of a
+    sequence of them; a layer raises RuntimeError if checkpointing computes another block's forward
+    pass again.
     """
     if isinstance(ids, str):
         raise TypeError(f"ids is the string {ids!r}, expected a list, one name per sequence")
+    if num_beams < 1 or (num_beams > 1 and cu_tokens is not None):
+        reason = "at least 1" if num_beams < 1 else "1 with cu_tokens"
+        raise ValueError(f"num_beams must be {reason}: got {num_beams}")
     layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
     before = [layer._chosen for layer in layers]
-    chosen = [ids if isinstance(ids, Tensor) else layer.pack.kept_ids(ids) for layer in layers]
+    if isinstance(ids, Tensor):
+        many = num_beams > 1 and ids.dim() > 0
+        beams = ids.repeat_interleave(num_beams, 0) if many else None
+        chosen = [_Chosen(ids, beams, cu_tokens) for _ in layers]
+    else:
+        repeated = [name for name in ids for _ in range(num_beams)]
+        chosen = [
+            _Chosen(
+                layer.pack.kept_ids(ids),
+                layer.pack.kept_ids(repeated) if num_beams > 1 else None,
+                cu_tokens,
+            )
+            for layer in layers
+        ]
     try:
-        for layer, layer_ids in zip(layers, chosen, strict=True):
-            layer._chosen = _Chosen(layer_ids, cu_tokens)
+        for layer, own in zip(layers, chosen, strict=True):
+            layer._chosen = own
         yield
     finally:
         for layer, earlier in zip(layers, before, strict=True):

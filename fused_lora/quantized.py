@@ -67,7 +67,8 @@ class QuantizedLoRALinear(LoRALayer):
             int(base_layer.in_features),  # type: ignore[arg-type]
             int(base_layer.out_features),  # type: ignore[arg-type]
             device=weight.device,
-            dtype=weight.dtype if weight.is_floating_point() else torch.float32,
+            # bitsandbytes may store a 4-bit weight in a floating dtype, which says nothing of it
+            dtype=torch.float32 if kind.startswith("bitsandbytes") else weight.dtype,
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,

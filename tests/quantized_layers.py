@@ -13,9 +13,10 @@ from fused_lora import apply_lora
 K, N, R = 64, 48, 3
 
 
-def nf4(dtype=torch.float32, source=None):
+def nf4(dtype=torch.float32, source=None, quant_storage=torch.uint8):
     bnb = pytest.importorskip("bitsandbytes", minversion="0.50")
-    layer = bnb.nn.Linear4bit(K, N, compute_dtype=dtype, quant_type="nf4")
+    options = {"compute_dtype": dtype, "quant_type": "nf4", "quant_storage": quant_storage}
+    layer = bnb.nn.Linear4bit(K, N, **options)
     layer.load_state_dict((source or nn.Linear(K, N)).state_dict())
     return layer.to("cpu")
 

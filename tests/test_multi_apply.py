@@ -127,8 +127,10 @@ def test_generate_answers_each_prompt_as_the_model_with_its_adapter_alone(beams)
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     settings["num_beams"] = beams
     names = ["b", None, "a"]
-    with use_adapters(model, [name for name in names for _ in range(beams)]):
+    with use_adapters(model, names, num_beams=beams):
         together = model.generate(prompts, **settings)
+    with use_adapters(model, [name for name in names for _ in range(beams)]):
+        assert torch.equal(model.generate(prompts, **settings), together)
     answers = []
     for prompt, name in zip(prompts, names, strict=True):
         single = llama()
@@ -140,6 +142,34 @@ def test_generate_answers_each_prompt_as_the_model_with_its_adapter_alone(beams)
         answers.append(single.generate(prompt[None], **settings)[0])
     assert torch.equal(together, torch.stack(answers))
     assert len({tuple(row.tolist()) for row in together[:, 6:]}) == 3
+
+
+def test_an_encoder_and_a_decoder_with_beams_answer_a_mixed_batch():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=37)
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(
+        transformers.T5Config(decoder_start_token_id=0, **sizes)
+    ).eval()
+    options = {"r": 4, "lora_alpha": 64, "init_lora_weights": False, "target_modules": ["q", "v"]}
+    apply_lora(model, adapters={"a": {}, "b": {}}, **options)
+    prompts = torch.randint(1, 37, (3, 6), generator=torch.Generator().manual_seed(0))
+    settings = {"num_beams": 3, "min_new_tokens": 5, "max_new_tokens": 5, "do_sample": False}
+    names, answers = ["b", None, "a"], []
+    for prompt, name in zip(prompts, names, strict=True):
+        with use_adapters(model, [name], num_beams=3):
+            answers.append(model.generate(prompt[None], **settings)[0])
+    assert len({tuple(row.tolist()) for row in answers}) > 1
+    ids = next(iter(pack_layers(model).values())).pack.ids(names)
+    for given in (names, ids):
+        with use_adapters(model, given, num_beams=3):
+            assert torch.equal(model.generate(prompts, **settings), torch.stack(answers))
+    for wrong in ({"num_beams": 0}, {"num_beams": 2, "cu_tokens": ids}):
+        with (
+            pytest.raises(ValueError, match="num_beams must be"),
+            use_adapters(model, ids, **wrong),
+        ):
+            pass
 
 
 def test_gpt2_keeps_its_conv1d_weights_under_the_packs():

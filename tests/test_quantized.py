@@ -108,6 +108,16 @@ def test_few_tokens_on_a_gpu_are_left_to_the_4_bit_product_of_bitsandbytes(
     assert four_bit.least_tokens(torch.device("cpu")) == 1
 
 
+def test_the_dtype_in_which_4_bit_weights_are_stored_says_nothing_of_the_adapter():
+    torch.manual_seed(0)
+    model = nn.Sequential(nf4(quant_storage=torch.bfloat16))
+    assert model[0].weight.dtype == torch.bfloat16
+    plain = model[0](inputs())
+    fused_lora.apply_lora(model, r=R, lora_alpha=6)
+    assert model[0].lora_A.dtype == model[0].lora_B.dtype == torch.float32
+    torch.testing.assert_close(model(inputs()), plain)
+
+
 def test_the_weight_is_unpacked_in_the_dtype_asked_for_and_kept_packed():
     _, base = adapted("nf4")
     packed, state = base.weight.data, base.weight.quant_state
