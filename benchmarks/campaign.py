@@ -266,10 +266,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     deadline = time.time() + 60 * args.minutes
+    gpu = torch.cuda.is_available()
     if args.step in checkups.STEPS:
+        if args.compile_only or not (gpu or args.dry_run):
+            reason = f"{args.step} compiles nothing" if args.compile_only else "there is no GPU"
+            print(f"{reason}: use --dry-run", file=sys.stderr)
+            return 2
         return checkups.run(args.step, Record(args.output, args.step), deadline, args.dry_run)
     device = steps.H100
-    if torch.cuda.is_available() and not args.dry_run and not args.compile_only:
+    if gpu and not args.dry_run and not args.compile_only:
         device = steps.config.device_of(torch.device("cuda:0"))
     elif not args.dry_run and not args.compile_only:
         print("there is no GPU: use --dry-run or --compile-only", file=sys.stderr)

@@ -7,7 +7,7 @@ term can hide under the base product nor a dropped edge below the tolerance.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,7 +46,7 @@ class Judge:
         self.mode = case.mode
         self.dtype = getattr(torch, case.dtype)
         with_base = random_inputs(case, device, generator)
-        _amplify_edges(with_base)
+        amplify_edges(with_base.x, with_base.dy, [(with_base.lora_A, with_base.lora_B)])
         self.inputs = (with_base, with_base.without_base())
         self._values: dict[tuple[str, int], dict[str, Tensor]] = {}
 
@@ -154,13 +154,14 @@ def _rel_l2(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).norm() / norm) if norm else 0.0
 
 
-def _amplify_edges(inputs: Inputs) -> None:
+def amplify_edges(x: Tensor, dy: Tensor, factors: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Last K column of x times 8, last token of x and dY times 4, last column of dY times 8, last
     rank of A and B and last row of B times 4, in place."""
-    inputs.x[:, -1] *= 8
-    inputs.x[-1] *= 4
-    inputs.dy[-1] *= 4
-    inputs.dy[:, -1] *= 8
-    inputs.lora_A[-1] *= 4
-    inputs.lora_B[:, -1] *= 4
-    inputs.lora_B[-1] *= 4
+    x[:, -1] *= 8
+    x[-1] *= 4
+    dy[-1] *= 4
+    dy[:, -1] *= 8
+    for lora_A, lora_B in factors:
+        lora_A[-1] *= 4
+        lora_B[:, -1] *= 4
+        lora_B[-1] *= 4

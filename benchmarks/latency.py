@@ -159,8 +159,8 @@ def resume(path: Path, meta: dict[str, Any]) -> tuple[dict[str, Any], list[Row]]
         earlier, rows = results.load(path)
     except (OSError, ValueError) as error:
         raise SystemExit(f"--resume: {path} is no result file of this program: {error!r}") from None
-    fixed = ("device", "gpu", "cpu", "torch", "triton", "commit", "dirty", "peak_dtype")
-    differing = [name for name in fixed if earlier[name] != meta[name]]
+    fixed = ("device", "gpu", "cpu", "torch", "triton", "commit", "dirty", "changes")
+    differing = [name for name in (*fixed, "peak_dtype") if earlier.get(name) != meta[name]]
     if differing:
         raise SystemExit(f"--resume: {path} was measured with another {', '.join(differing)}")
     if earlier["command"] != meta["command"]:
@@ -197,9 +197,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     except OSError as error:  # now, not after the first case
         parser.error(f"--output: cannot write to {args.output}: {error}")
     args.providers = args.providers.split(",") if args.providers else None
-    unknown = set(args.providers or ()) - set(results.PROVIDERS)
+    known = [provider.name for provider in all_providers(args.base)]
+    unknown = sorted(set(args.providers or ()) - set(known))
     if unknown:
-        parser.error(f"--providers: got {sorted(unknown)}, expected some of {results.PROVIDERS}")
+        parser.error(
+            f"--providers: got {', '.join(unknown)}, expected some of {', '.join(known)} (--base "
+            f"{args.base})"
+        )
     return args
 
 
@@ -230,16 +234,21 @@ def main(arguments: list[str] | None = None) -> int:
         sum(len(everyone) + 1 for case in todo if case in plan.core)
         + sum(6 for case in todo if case not in plan.core)
     )
-    for case in todo:
-        names = everyone
-        if case in plan.rest and not args.providers:
-            names = reduced_providers(case, rows)
-        rows += measure_case(
-            case, selected(names, case.base), device, budget, peaks, args.seed, progress
-        )
-        results.save(path, meta, rows)
-        progress.write("\n" + report.case_table(case, results.by_case(rows)[case]))
-    progress.close()
+    try:
+        for case in todo:
+            names = everyone
+            if case in plan.rest and not args.providers:
+                names = reduced_providers(case, rows)
+            rows += measure_case(
+                case, selected(names, case.base), device, budget, peaks, args.seed, progress
+            )
+            results.save(path, meta, rows)
+            progress.write("\n" + report.case_table(case, results.by_case(rows)[case]))
+    except KeyboardInterrupt:
+        print(f"\nstopped; --resume {path} goes on" if rows else "\nstopped", file=sys.stderr)
+        return 130
+    finally:
+        progress.close()
     print("\n" + report.loss_list(rows))
     print(f"\nwritten: {path}")
     if not args.no_plot:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import platform
 import re
@@ -123,14 +124,18 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> dict[str, Any]:
-    """Commit and whether the sources differ from it; earlier result files do not count."""
+    """Commit, whether the sources differ from it, and a digest of how (untracked files by name);
+    earlier result files do not count."""
     head = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
     if head is None:
-        return {"commit": None, "dirty": None}
-    changes = _output(
-        ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!benchmarks/results"]
-    )
-    return {"commit": head, "dirty": None if changes is None else bool(changes)}
+        return {"commit": None, "dirty": None, "changes": None}
+    sources = ["--", ".", ":!benchmarks/results"]
+    changes = _output(["git", "-C", str(ROOT), "status", "--porcelain", *sources])
+    if not changes:
+        return {"commit": head, "dirty": None if changes is None else False, "changes": None}
+    difference = _output(["git", "-C", str(ROOT), "diff", "HEAD", *sources]) or ""
+    digest = hashlib.sha256((changes + difference).encode()).hexdigest()[:12]
+    return {"commit": head, "dirty": True, "changes": digest}
 
 
 def _gpu_state(properties: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import report
 import results
 import torch
 import torch.nn.functional as F
-from checks import Verdict
+from checks import Verdict, amplify_edges
 from protocol import Budget
 from providers import SCALING, first_line, leaf, random_inputs
 from results import MERGED, MERGED_AGAIN, Case
@@ -202,23 +202,38 @@ def _of_packed(grads: tuple[Tensor, ...], r: int, stride: int) -> dict[str, Tens
     return named
 
 
-def verdict(provider: str, batch: Batch, mode: str) -> Verdict:
-    """The acceptance rule on the batch itself. Whatever a provider raises makes it wrong."""
-    if provider in (MERGED, MERGED_AGAIN):
-        return Verdict(True)
-    try:
-        step = build(provider, batch, mode)
-        y, *grads = step()
-        ours = {"y": y.detach()}
-        if grads:
-            ours |= {"dx": grads[0], **step.unpack(grads[1:])}  # type: ignore[attr-defined]
-    except Exception as error:
-        return Verdict(False, f"raised {type(error).__name__}: {first_line(error)}")
-    found = testing.check(
-        ours, _specified(batch, batch.x.dtype, mode), _specified(batch, torch.float64, mode),
-        batch.x.dtype,
-    )  # fmt: skip
-    return Verdict(not found, "; ".join(found) or None)
+class Judge:
+    """The acceptance rule on a batch with amplified edges, with W and with W = 0, as checks.py has
+    it; exact and yardstick values are computed once for all providers."""
+
+    def __init__(self, batch: Batch, mode: str) -> None:
+        self.mode = mode
+        factors = [(A.clone(), B.clone()) for A, B in batch.factors]
+        edges = replace(batch, x=batch.x.clone(), dy=batch.dy.clone(), factors=factors)
+        amplify_edges(edges.x, edges.dy, factors)
+        self.batches = [edges, replace(edges, weight=torch.zeros_like(edges.weight))]
+        with torch.enable_grad():
+            self.expected = [
+                [_specified(each, dtype, mode) for dtype in (batch.x.dtype, torch.float64)]
+                for each in self.batches
+            ]
+
+    def verdict(self, provider: str) -> Verdict:
+        """Whatever a provider raises makes it wrong."""
+        if provider in (MERGED, MERGED_AGAIN):
+            return Verdict(True)
+        found = []
+        for batch, (yardstick, exact) in zip(self.batches, self.expected, strict=True):
+            try:
+                step = build(provider, batch, self.mode)
+                y, *grads = step()
+                ours = {"y": y.detach()}
+                if grads:
+                    ours |= {"dx": grads[0], **step.unpack(grads[1:])}  # type: ignore[attr-defined]
+            except Exception as error:
+                return Verdict(False, f"raised {type(error).__name__}: {first_line(error)}")
+            found += testing.check(ours, yardstick, exact, batch.x.dtype)
+        return Verdict(not found, "; ".join(found) or None)
 
 
 def _specified(batch: Batch, dtype: torch.dtype, mode: str) -> dict[str, Tensor]:
@@ -257,7 +272,9 @@ def measure_case(
     count = protocol.input_sets(operands, machine.cache_bytes(device))
     sets = [first, *(random_batch(case, device, generator) for _ in range(count - 1))]
     with torch.set_grad_enabled(layer.mode != "fwd"):
-        verdicts = {name: verdict(name, first, layer.mode) for name in PROVIDERS}
+        judge = Judge(first, layer.mode)
+        verdicts = {name: judge.verdict(name) for name in PROVIDERS}
+        del judge
         calls = {
             name: [build(name, batch, layer.mode) for batch in sets]
             for name in PROVIDERS
@@ -309,6 +326,25 @@ def case_table(case: MultiCase, rows: list[MultiRow]) -> str:
     return "\n".join(lines)
 
 
+def loss_list(rows: list[MultiRow]) -> str:
+    """Every case where fused is slower than another provider beyond the A/A noise."""
+    groups: dict[tuple, dict[str, MultiRow]] = {}
+    for row in rows:
+        case = (row.mode, row.M, row.K, row.N, row.r, row.adapters, row.popularity, row.order)
+        groups.setdefault(case, {})[row.provider] = row
+    lines = []
+    for case, group in groups.items():
+        fused = group[FUSED]
+        for name in (LOOP, MASKED):
+            other = group[name]
+            if fused.p50_us is None or other.p50_us is None:
+                continue
+            ratio = fused.p50_us / other.p50_us - 1
+            if ratio > (fused.noise or 0.0):
+                lines.append(f"  {' '.join(map(str, case))}: {name} is {100 * ratio:.1f} % faster")
+    return "\n".join([f"fused is slower than a baseline on {len(lines)} of its rows", *lines])
+
+
 def run(
     args: argparse.Namespace,
     device: torch.device,
@@ -329,5 +365,6 @@ def run(
         progress.write("\n" + case_table(case, mine))
         progress.update()
     progress.close()
+    print("\n" + loss_list(rows))
     print(f"\nwritten: {path}")
     return 1 if any(row.ok is False for row in rows) else 0

@@ -114,6 +114,11 @@ def addmm(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: fl
     return torch.addmm(F.linear(x, weight), F.linear(x, lora_A), lora_B.t(), alpha=scaling)
 
 
+def addmm_(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """The same, the sum in the place of the base's output."""
+    return F.linear(x, weight).addmm_(F.linear(x, lora_A), lora_B.t(), alpha=scaling)
+
+
 class Function(Provider):
     """A function of (x, W, A, B, scaling)."""
 
@@ -240,6 +245,7 @@ def all_providers(base: str = results.PLAIN) -> list[Provider]:
         Merged(results.MERGED_AGAIN),
         Function("eager3", eager3),
         Function("addmm", addmm),
+        Function("addmm_", addmm_),
         Compiled("torch.compile", mode="default"),
         Compiled("torch.compile (max-autotune)", mode="max-autotune-no-cudagraphs"),
         Peft("peft"),

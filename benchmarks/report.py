@@ -212,8 +212,8 @@ def plot(meta: dict[str, Any], rows: list[Row], path: Path) -> None:
 
 
 def _styles() -> dict[str, dict[str, Any]]:
-    colours = ("#7f7f7f", "#1f77b4", "#9467bd", "#8c564b", "#2ca02c", "#bcbd22")
-    markers = ("o", "s", "^", "v", "D", "P")
+    colours = ("#7f7f7f", "#1f77b4", "#17becf", "#9467bd", "#8c564b", "#2ca02c", "#bcbd22")
+    markers = ("o", "s", "*", "^", "v", "D", "P")
     styles = {
         name: {"label": name, "color": colour, "marker": marker, "markersize": 5, "alpha": 0.9}
         for name, colour, marker in zip(BASELINES, colours, markers, strict=True)

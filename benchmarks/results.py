@@ -23,6 +23,7 @@ PLAIN = "plain"
 BASELINES = (  # what a user could train with instead of the fused layer
     "eager3",
     "addmm",
+    "addmm_",
     "torch.compile",
     "torch.compile (max-autotune)",
     "peft",

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from results import Case
+from results import PLAIN, Case
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4_BYTES = 0.5 + 4 / 64  # of an element of W: its bits, and its share of a block's fp32 scale
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ def phases(case: Case, adapter: bool) -> tuple[Work, ...]:
     """
     M, K, N, r = case.M, case.K, case.N, case.r
     size = ITEMSIZE[case.dtype]
+    W = round(K * N * (size if case.base == PLAIN else NF4_BYTES))  # bytes
     rank_flops, rank_elements = (2 * M * r * (K + N), r * (K + N)) if adapter else (0, 0)
     forward = Work(
         flops=2 * M * K * N + rank_flops,
-        bytes=size * (M * K + K * N + M * N + rank_elements),
+        bytes=W + size * (M * K + M * N + rank_elements),
     )
     if case.mode == "fwd":
         return (forward,)
     backward = Work(
         flops=2 * M * K * N + 2 * rank_flops,
-        bytes=size * (M * N + K * N + M * K + (M * K if adapter else 0) + 2 * rank_elements),
+        bytes=W + size * (M * N + M * K + (M * K if adapter else 0) + 2 * rank_elements),
     )
     return forward, backward
 

@@ -32,7 +32,8 @@ ROW_FIELDS = {
     bool: "ok",
 }
 META_FIELDS = {
-    str: "date device gpu cpu driver cuda torch triton peft python commit peak_dtype command",
+    str: "date device gpu cpu driver cuda torch triton peft python commit changes peak_dtype "
+    "command",
     int: "sm_count cores threads",
     float: "l2_mb llc_mb load sm_clock_mhz mem_clock_mhz max_sm_clock_mhz power_limit_w copy_gbs "
     "gemm_tflops",

@@ -83,9 +83,13 @@ def test_a_dry_run_needs_no_gpu_and_writes_nothing(bench, step, capsys, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(bench, capsys, tmp_path):
-    assert bench.campaign.main(["plain", f"--output={tmp_path}"]) == 2
-    assert "no GPU" in capsys.readouterr().err
+@pytest.mark.parametrize("step", ["plain", "correct", "host", "memory"])
+def test_without_a_gpu_it_says_so(bench, step, capsys, tmp_path):
+    assert bench.campaign.main([step, f"--output={tmp_path / 'out'}"]) == 2
+    assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    if step in bench.checkups.STEPS:
+        assert bench.campaign.main([step, f"--output={tmp_path}", "--compile-only"]) == 2
+        assert "compiles nothing" in capsys.readouterr().err
 
 
 def test_a_wrong_candidate_is_never_timed(bench, group):

@@ -68,6 +68,45 @@ def test_a_wrong_provider_prints_wrong_and_carries_no_time(bench, mode, monkeypa
     assert rows[-1].p50_us is None and "WRONG: y" in multi.case_table(case, rows)
 
 
+def test_an_adapter_that_hides_under_the_base_is_found(bench, monkeypatch):
+    """What fp32 rounds away beside x W^T is seen where W is zero."""
+    multi = bench[1]
+    right = multi._BUILDERS[multi.FUSED]
+
+    def rounded(x, batch):
+        forward, leaves, unpack = right(x, batch)
+        base = multi.F.linear(x, batch.weight)
+        return lambda: base + ((forward() - base) * 2**16).round() / 2**16, leaves, unpack
+
+    case = multi.MultiCase(multi.Case("fwd", 9, 40, 24, 5, "float32"), 3, "distinct", "grouped")
+    batch = multi.random_batch(case, torch.device("cpu"), torch.Generator().manual_seed(0))
+    judge = multi.Judge(batch, "fwd")
+    assert judge.verdict(multi.FUSED).ok
+    monkeypatch.setitem(multi._BUILDERS, multi.FUSED, rounded)
+    assert not judge.verdict(multi.FUSED).ok
+    judge.batches.pop(), judge.expected.pop()
+    assert judge.verdict(multi.FUSED).ok
+
+
+def test_the_rows_that_fused_loses_are_listed(bench):
+    multi = bench[1]
+
+    def row(M, provider, p50):
+        shape = {"mode": "fwd", "M": M, "K": 8, "N": 8, "r": 4, "dtype": "float32", "adapters": 2}
+        order = {"popularity": "zipf", "order": "grouped", "noise": 0.02, "ok": True}
+        return multi.MultiRow(**shape, **order, provider=provider, p50_us=p50)
+
+    times = {1: (100.0, 90.0, 99.0), 2: (100.0, None, 120.0)}  # fused, loop, masked
+    rows = [
+        row(M, name, p50)
+        for M, each in times.items()
+        for name, p50 in zip((multi.FUSED, multi.LOOP, multi.MASKED), each, strict=True)
+    ]
+    said = multi.loss_list(rows)
+    assert said.startswith("fused is slower than a baseline on 1 of")
+    assert "fwd 1 8 8 4 2 zipf grouped: loop over adapters is 11.1 % faster" in said
+
+
 def test_provider_choice_and_resuming_are_refused(bench, capsys):
     with pytest.raises(SystemExit):
         bench[0].parse_arguments(["--multi", "--providers=fused"])
