@@ -82,7 +82,8 @@ def add_adapters(
     linears = [name for name, module in encoder.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in linears):
-            raise ValueError(f"no linear layer is called {target!r}: the model has {linears}")
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise ValueError(f"no linear layer is called {target!r}: the model has {names}")
     generator = torch.Generator().manual_seed(seed)
     for name in linears:
         if any(f".{name}".endswith(f".{target}") for target in targets):
@@ -282,6 +283,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         args.steps = min(args.steps, 20)
     if args.steps < 1 or args.batch_size < 1:
         parser.error("--steps and --batch-size must be at least 1")
+    if args.backend == "triton" and args.device == "cpu":
+        parser.error("--backend triton needs --device cuda: the kernels run on a GPU")
     if args.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         parser.error("--batch-size must be a multiple of the number of processes")
     return args
@@ -361,4 +364,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as error:  # of what was given: the message says all
+        sys.exit(f"finetune.py: {error}")
