@@ -75,8 +75,8 @@ class AdapterPack(nn.Module):
         sizes = {"in_features": in_features, "out_features": out_features}
         sizes |= {"total_rank": total_rank, "max_adapters": max_adapters}
         for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1: got {size}")
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1: got {size!r}")
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.max_adapters = max_adapters

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import Gradients, differentiable_once
-from fused_lora.functional import checked_options, require_seen_through
+from fused_lora.functional import DTYPES, checked_options, require_seen_through
 from fused_lora.scale import Scale, padded_rank
 
 
@@ -34,8 +34,8 @@ def lora_delta(
 
     Args:
         base_output: [..., N], what the base layer returned for x; fp32, fp16, bf16, fp64 (aten).
-        x: [..., K], of the same leading dimensions; any floating dtype, cast to base_output's.
-        lora_A: [r, K]; lora_B: [N, r]. Any floating dtype; gradients come back in it.
+        x: [..., K], of the same leading dimensions; any of these dtypes, cast to base_output's.
+        lora_A: [r, K]; lora_B: [N, r]. Any of these dtypes; gradients come back in it.
         scaling, dropout_p, seed, backend: as in `fused_lora.lora_linear`.
         in_place: write into base_output and return it. Only for an output that nobody else holds:
             not a view, not a leaf that requires grad, not saved by the base's own backward (torch
@@ -45,7 +45,7 @@ def lora_delta(
         [..., N] in base_output's dtype: base_output itself if `in_place`.
 
     Raises:
-        TypeError: a tensor is not floating, or is a DTensor.
+        TypeError: a tensor is of another dtype, or is a DTensor.
         ValueError: shapes or devices do not fit, an option is out of range, in_place is asked for
             on a view or on a leaf that requires grad.
         RuntimeError: backend="triton" cannot run here; the message says why.
@@ -242,8 +242,11 @@ def _check(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> No
     for name, tensor in named.items():
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{name} is a DTensor, expected a plain tensor: pass to_local()")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected a floating dtype: cast it")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16, 32 or 64 bits: "
+                "cast it"
+            )
         if tensor.device != base_output.device:
             raise ValueError(
                 f"{name} is on {tensor.device}, base_output is on {base_output.device}: move them "

@@ -3,6 +3,7 @@ to the operators. Everything a user can get wrong is refused here, in words."""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ from fused_lora import dropout, ops
 from fused_lora.autograd import LoRALinearFunction
 
 BACKENDS = ("auto", "triton", "aten")
+DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16, torch.float64})
 
 
 def lora_linear(
@@ -32,7 +34,7 @@ def lora_linear(
     Args:
         x: [..., K], K = in_features; fp32, fp16, bf16 or fp64 (fp64 runs on aten).
         weight: [N, K], N = out_features, in x's dtype; usually frozen, differentiable all the same.
-        lora_A: [r, K]; lora_B: [N, r]. Any floating dtype: fp32 adapters on a bf16 base are
+        lora_A: [r, K]; lora_B: [N, r]. Any of these dtypes: fp32 adapters on a bf16 base are
             computed in bf16 with fp32 accumulation and get fp32 gradients.
         bias: [N] or None.
         scaling: lora_alpha / r, a float or a 0-dim tensor (a tensor is never read on the host).
@@ -46,7 +48,8 @@ def lora_linear(
         [..., N] in x's dtype; under autocast in the autocast dtype, as nn.Linear returns.
 
     Raises:
-        TypeError: a tensor is not floating, dtypes differ, a DTensor is given.
+        TypeError: a tensor is of another dtype, dtypes differ, a DTensor is given, scaling is no
+            number.
         ValueError: shapes or devices do not fit, dropout_p or backend is out of range.
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
@@ -129,7 +132,7 @@ def autocasted(x: Tensor) -> tuple[Tensor, bool]:
     if not isinstance(x, Tensor):
         _check_type(x, "x")
     autocast = ops.autocasts(x)
-    if autocast and x.is_floating_point() and x.dtype != torch.float64:
+    if autocast and x.dtype in DTYPES and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return x, autocast
 
@@ -142,10 +145,10 @@ def check_tensors(
     for tensor, name in given if bias is None else (*given, (bias, "bias")):
         if type(tensor) not in _PLAIN:
             _check_type(tensor, name)
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise TypeError(
-                f"{name} has dtype {tensor.dtype}, expected a floating dtype: cast it, for example "
-                f"{name}.to(torch.bfloat16)"
+                f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16, 32 or 64 bits: "
+                f"cast it, for example {name}.to(torch.bfloat16)"
             )
         if tensor.device != device:
             raise ValueError(
@@ -229,8 +232,10 @@ def checked_options(
         if scaling.requires_grad:
             raise ValueError("scaling requires grad, which is not supported: pass scaling.detach()")
         scaling_tensor = scaling.to(x.device, torch.float32)
-    else:
+    elif isinstance(scaling, numbers.Real):
         factor = float(scaling)
+    else:
+        raise TypeError(f"scaling must be a number or a 0-dim tensor: got {scaling!r}")
     if seed is not None:
         _check_seed(seed, x.device)
     if dropout_p == 0.0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fused_lora.functional import BACKENDS
+from fused_lora.functional import BACKENDS, DTYPES
 
 InitLoRA = bool | Literal["kaiming", "gaussian"]
 _OPTIONS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
@@ -184,8 +184,11 @@ class LoRALayer(nn.Module):
                 f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
             )
         for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if not value.is_floating_point():
-                raise TypeError(f"{name} has dtype {value.dtype}, expected a floating dtype")
+            if value.dtype not in DTYPES:
+                raise TypeError(
+                    f"{name} has dtype {value.dtype}, expected a floating dtype of 16, 32 or 64 "
+                    "bits: cast it"
+                )
         p = self.lora_dropout if lora_dropout is None else lora_dropout
         check_adapter_options(r=r, lora_alpha=lora_alpha, lora_dropout=p)
         merged_by = self._merge_arguments()
@@ -332,8 +335,8 @@ def check_adapter_options(
         raise ValueError(f"r must be an integer of at least 1: got {r!r}")
     if not isinstance(lora_alpha, numbers.Real) or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be a finite number: got {lora_alpha!r}")
-    if not 0.0 <= lora_dropout < 1.0:
-        raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
+    if not isinstance(lora_dropout, numbers.Real) or not 0.0 <= lora_dropout < 1.0:
+        raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
     if not (isinstance(init_lora_weights, bool) or init_lora_weights in ("kaiming", "gaussian")):
@@ -341,7 +344,8 @@ def check_adapter_options(
             "init_lora_weights must be True, False, 'kaiming' or 'gaussian': got "
             f"{init_lora_weights!r}"
         )
-    if adapter_dtype is not None and not (
-        isinstance(adapter_dtype, torch.dtype) and adapter_dtype.is_floating_point
-    ):
-        raise TypeError(f"adapter_dtype must be None or a floating dtype: got {adapter_dtype!r}")
+    if adapter_dtype is not None and adapter_dtype not in DTYPES:
+        raise TypeError(
+            "adapter_dtype must be None or a floating dtype of 16, 32 or 64 bits: got "
+            f"{adapter_dtype!r}"
+        )

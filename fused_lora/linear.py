@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass as is_wrapped
 
-from fused_lora.functional import lora_linear
+from fused_lora.functional import DTYPES, lora_linear
 from fused_lora.layer import InitLoRA, LoRALayer
 
 _ADAPTER_KEYS = ("lora_A", "lora_B")
@@ -425,7 +425,7 @@ def require_plain(linear: nn.Module) -> None:
         raise TypeError(f"from_linear takes an nn.Linear: got {type(linear).__name__}")
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    if not weight.is_floating_point() or is_wrapped(weight):
+    if weight.dtype not in DTYPES or is_wrapped(weight):
         raise TypeError(
             f"from_linear takes an nn.Linear with a floating weight: got {type(linear).__name__} "
             f"with {weight.dtype} in a {type(weight).__name__}"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from fused_lora import ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
-from fused_lora.functional import BACKENDS, autocasted, check_tensors, checked_options, run
+from fused_lora.functional import autocasted, check_tensors, checked_options, run
+from fused_lora.layer import check_adapter_options
 from fused_lora.linear import is_conv1d, require_plain
 
 
@@ -223,10 +224,9 @@ class MultiLoRALinear(nn.Module):
         adapter_dtype: torch.dtype | None,
         backend: str,
     ) -> None:
-        if not 0.0 <= lora_dropout < 1.0:
-            raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+        check_adapter_options(
+            r=1, lora_dropout=lora_dropout, adapter_dtype=adapter_dtype, backend=backend
+        )
         base.requires_grad_(False)
         self.fan_in_fan_out = is_conv1d(base)
         self.weight = base.weight

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_lora.adapter_config import AdapterConfig
+from fused_lora.functional import DTYPES
 from fused_lora.layer import LoRALayer, check_adapter_options
 from fused_lora.linear import FusedLoRALinear, is_conv1d
 from fused_lora.multi import MultiLoRALinear
@@ -205,7 +206,7 @@ def _why_not(
     if not (type(module) is nn.Linear or is_conv1d(module)):
         return "LoRA layers replace nn.Linear, Conv1D of transformers and quantised linear layers"
     weight: Any = module.weight
-    if is_traceable_wrapper_subclass(weight) or not weight.is_floating_point():
+    if is_traceable_wrapper_subclass(weight) or weight.dtype not in DTYPES:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, not a plain tensor"
     return None
 

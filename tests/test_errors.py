@@ -89,7 +89,7 @@ MISTAKES = {
         *(TypeError, "bias is torch.float16, x is torch.float32", "one dtype", "cast x"),
     ),
     **{
-        f"{name} is not floating": (
+        f"{name} is {dtype}": (
             {name: empty(*shape, dtype=dtype)},
             *(TypeError, f"{name} has dtype {dtype}", "expected a floating dtype", "cast it"),
         )
@@ -99,6 +99,8 @@ MISTAKES = {
             ("lora_A", (R, K), torch.bool),
             ("lora_B", (N, R), torch.uint8),
             ("bias", (N,), torch.complex64),
+            ("x", (M, K), torch.float8_e4m3fn),
+            ("lora_A", (R, K), torch.float8_e5m2),
         )
     },
     **{
@@ -209,7 +211,7 @@ OPTIONS = {
         {"init_lora_weights": "olora"},
         *(ValueError, "must be True, False, 'kaiming' or 'gaussian': got 'olora'"),
     ),
-    "adapter_dtype": ({"adapter_dtype": torch.int64}, TypeError, "floating dtype: got torch.int64"),
+    "adapter_dtype": ({"adapter_dtype": torch.int64}, TypeError, "64 bits: got torch.int64"),
 }
 
 

@@ -155,7 +155,7 @@ def test_names_and_room_are_checked():
         (lambda: pack.remove("b"), KeyError, "no adapter 'b' in the pack, which holds"),
         (lambda: pack.ids(["a", "b"]), KeyError, "no adapter 'b'"),
         (lambda: pack.add_untrained("b", 0), ValueError, "r must be at least 1"),
-        (lambda: AdapterPack(K, N, total_rank=0), ValueError, "total_rank must be at least 1"),
+        (lambda: AdapterPack(K, N, total_rank=0), ValueError, "total_rank must be an integer of at least 1"),
     ):
         with pytest.raises(error, match=message):
             call()

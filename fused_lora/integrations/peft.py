@@ -33,7 +33,7 @@ from fused_lora.adapter_pack import ids_of_samples, pack_for_call
 from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.explain import DEFAULT_TOKENS
 from fused_lora.four_bit import lora_linear_4bit, unpacks
-from fused_lora.functional import BACKENDS, lora_linear, transformed
+from fused_lora.functional import BACKENDS, DTYPES, lora_linear, transformed
 from fused_lora.multi import multi_lora_linear
 
 __all__ = ["PatchReport", "call_counts", "disable", "enable", "explain", "patch", "unpatch"]
@@ -382,7 +382,7 @@ def _why_peft(
         return "lora_A or lora_B is sharded"
     if x.is_nested:
         return "x is a nested tensor"
-    if not (x.is_floating_point() and A.is_floating_point() and B.is_floating_point()):
+    if not {x.dtype, A.dtype, B.dtype} <= DTYPES:
         return f"x is {_name(x.dtype)}, lora_A {_name(A.dtype)}"
     if not x.device == A.device == B.device:
         return "x and the adapters are on different devices"
@@ -413,7 +413,7 @@ def _why_delta(base: Any) -> str | None:
     weight = base.weight
     if type(weight) not in (nn.Parameter, Tensor):
         return f"base weight is {type(weight).__name__}"
-    if not weight.is_floating_point() or weight.dim() != 2:
+    if weight.dtype not in DTYPES or weight.dim() != 2:
         return f"base weight is {_name(weight.dtype)} {tuple(weight.shape)}"
     return None
 
