@@ -3,7 +3,7 @@ done by the two operators of `ops`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ Gradients = tuple[Tensor | None, ...]
 
 def differentiable_once(
     gradients: Callable[[Any, tuple[Tensor | None, ...], Tensor], Gradients],
-) -> Callable[[Any, Tensor], Gradients]:
-    """The `backward` of gradients(ctx, saved tensors, dy), which raises where what it returns is
-    differentiated again. torch's `once_differentiable` raises only for a dy that requires grad:
-    what the gradients owe to x, A and B would count as nothing, without a word."""
+) -> Callable[..., Gradients]:
+    """The `backward` of gradients(ctx, saved tensors, dy), dy of the first output; it raises where
+    what it returns is differentiated again. torch's `once_differentiable` raises only for a dy that
+    requires grad: what the gradients owe to x, A and B would count as nothing, without a word."""
 
-    def backward(ctx: Any, dy: Tensor) -> Gradients:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Gradients:
         saved = ctx.saved_tensors
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return gradients(ctx, saved, dy)
@@ -46,18 +46,15 @@ class _Refusal(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Gradients:  # type: ignore[override]
-        raise RuntimeError(
-            "trying to differentiate twice through a fused LoRA layer, whose backward is "
-            "differentiable once: use fused_lora.reference.lora_linear there, which is plain "
-            "PyTorch, or PEFT's own layers, unpatched"
-        )
+        raise RuntimeError(ops.TWICE)
 
 
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K]. With `adapters`, the
     tensors of `scale.Adapters`, A and B pack several and S is zero outside of a token's own.
     options: those of `functional.checked_options`; in a tuple, as torch looks at every argument.
-    With `unpack`, W = unpack(weight, x's dtype), formed anew in each direction.
+    With `unpack`, W = unpack(weight, x's dtype), formed anew in each direction. `whole` returns all
+    that the operator does: y, S and the mask.
 
     Saved for backward: x (only for dA or dW), the original W, A and B (parameters, never a cast
     copy; a packed W packed), S [M, r] and, with dropout, one bit per element of x. Nothing of
@@ -74,9 +71,10 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_B: Tensor,
         bias: Tensor | None,
         options: tuple[float, Tensor | None, float, Tensor | None, str],
-        adapters: tuple[Tensor, ...],
+        adapters: Sequence[Tensor],
         unpack: Callable[[Tensor, torch.dtype], Tensor] | None,
-    ) -> Tensor:
+        whole: bool,
+    ) -> Tensor | tuple[Tensor, ...]:
         scaling, scaling_tensor, dropout_p, seed, backend = options
         y, S, *mask = ops.call(
             ops.forward,
@@ -105,7 +103,10 @@ class LoRALinearFunction(torch.autograd.Function):
         )
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.unpack = scaling, dropout_p, backend, unpack
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
+        if not whole:
+            return y
+        ctx.mark_non_differentiable(S, *mask)
+        return y, S, *mask
 
     @staticmethod
     @differentiable_once
@@ -132,4 +133,27 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = [next(remaining) if needed else None for needed in needs]
         if grads[4] is not None:
             grads[4] = grads[4].to(ctx.bias_dtype)
-        return *grads, None, None, None
+        return *grads, None, None, None, None
+
+
+def _operator(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    adapters: Sequence[Tensor],
+    backend: str,
+    for_backward: bool,
+) -> list[Tensor]:
+    options = (scaling, scaling_tensor, dropout_p, seed, backend)
+    arguments = (x, weight, lora_A, lora_B, bias, options, adapters, None, True)
+    outputs = LoRALinearFunction.apply(*arguments)
+    return list(outputs if for_backward else outputs[:1])
+
+
+ops.differentiate(ops.forward, _operator)

@@ -58,14 +58,17 @@ def lora_delta(
         require_seen_through(recorded=True)
     options = checked_options(base_output, scaling, dropout_p, seed, backend)
     rows = x.to(base_output.dtype).reshape(-1, lora_A.shape[1])  # [M, K]
-    return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place)
+    if torch.compiler.is_exporting():  # which calls whatever a Function does a constant
+        return delta(base_output, rows, lora_A, lora_B, *options, False)[0]
+    return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place, False)
 
 
 class _LoRADelta(torch.autograd.Function):
     """out = base_output + S B^T with S = scaling * D(x) A^T, rows x [M, K].
 
     Saved for backward: x (only for dA), A and B as they are, S [M, r] and, with dropout, one bit
-    per element of x; never base_output. Its gradient is out's own. Differentiable once.
+    per element of x; never base_output. Its gradient is out's own. Differentiable once. `whole`
+    returns all that the operator does: out, S and the mask.
     """
 
     @staticmethod
@@ -81,9 +84,10 @@ class _LoRADelta(torch.autograd.Function):
         seed: Tensor | None,
         backend: str,
         in_place: bool,
-    ) -> Tensor:
+        whole: bool,
+    ) -> Tensor | tuple[Tensor, ...]:
         needs_A, needs_B = ctx.needs_input_grad[2:4]
-        for_backward = any(ctx.needs_input_grad[1:4])
+        for_backward = whole or any(ctx.needs_input_grad[1:4])
         options = (scaling, scaling_tensor, dropout_p, seed, backend, for_backward)
         if in_place:
             S, mask = ops.call(delta_, base_output, x, lora_A, lora_B, *options)
@@ -100,7 +104,10 @@ class _LoRADelta(torch.autograd.Function):
             scaling_tensor,
         )
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
-        return out
+        if not whole:
+            return out
+        ctx.mark_non_differentiable(S, mask)
+        return out, S, mask
 
     @staticmethod
     @differentiable_once
@@ -126,7 +133,7 @@ class _LoRADelta(torch.autograd.Function):
                 )
             )
             grads = [next(computed) if needed else None for needed in needs]
-        return dy, *grads, None, None, None, None, None, None
+        return dy, *grads, None, None, None, None, None, None, None
 
 
 _TERM = (
@@ -232,9 +239,27 @@ def _delta_backward_fake(
     ]
 
 
+def _operator(
+    base_output: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    scaling_tensor: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = (scaling, scaling_tensor, dropout_p, seed, backend)
+    out, S, mask = _LoRADelta.apply(base_output, x, lora_A, lora_B, *options, False, True)
+    return (out, S, mask) if for_backward else (out, S.new_empty(0, 0), mask.new_empty(0, 0))
+
+
 ops.register(delta, _delta, _delta_fake)
 ops.register(delta_, _delta_, _delta_in_place_fake)
 ops.register(delta_backward, _delta_backward, _delta_backward_fake)
+ops.differentiate(delta, _operator)
 
 
 def _check(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

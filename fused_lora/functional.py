@@ -3,12 +3,12 @@ to the operators. Everything a user can get wrong is refused here, in words."""
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import LoRALinearFunction
@@ -72,7 +72,7 @@ def run(
     """The operator on checked arguments, recorded for backward where a gradient may be asked for.
     options: what `checked_options` returns; adapters: those of a pack; unpack: (weight, dtype) ->
     W [N, K], of a packed weight."""
-    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])  # [M, K]
+    rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
@@ -82,8 +82,10 @@ def run(
     )
     if not torch.compiler.is_compiling():
         require_seen_through(wants_grad)
-    if wants_grad:
-        y = LoRALinearFunction.apply(rows, weight, lora_A, lora_B, bias, options, adapters, unpack)
+    # torch.export calls whatever a Function does a constant: it gets the operator
+    if wants_grad and not torch.compiler.is_exporting():
+        arguments = (rows, weight, lora_A, lora_B, bias, options, adapters, unpack, False)
+        y = LoRALinearFunction.apply(*arguments)
     else:
         scaling, scaling_tensor, dropout_p, seed, backend = options
         y = ops.call(
@@ -106,25 +108,13 @@ def run(
 
 def require_seen_through(recorded: bool) -> None:
     """Raise RuntimeError inside of what cannot look into the layer; recorded: by autograd."""
-    if transformed():
-        raise RuntimeError(
-            "torch.func transforms and forward-mode differentiation do not see through the "
-            "fused layer: use fused_lora.reference.lora_linear there, which is plain PyTorch"
-        )
+    if ops.transformed():
+        raise RuntimeError(ops.TRANSFORMED)
     if recorded and torch._C._get_tracing_state() is not None:
         raise RuntimeError(
             "torch.jit.trace cannot record the fused layer: use torch.export, or trace it under "
             "torch.no_grad() if its base is not quantised"
         )
-
-
-def transformed() -> bool:
-    """Whether the caller is inside of jvp, grad or vmap of torch.func, or of a dual level."""
-    if forward_ad._current_level >= 0:
-        return True
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    transforms = torch._C._functorch.TransformType
-    return interpreter is not None and interpreter.key() != transforms.Functionalize
 
 
 def autocasted(x: Tensor) -> tuple[Tensor, bool]:

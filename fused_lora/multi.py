@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -68,7 +69,7 @@ def _ids_of_tokens(adapter_ids: Tensor, x: Tensor, cu_tokens: Tensor | None) -> 
     _check_integers("adapter_ids", adapter_ids, x, "pass pack.ids([...])")
     leading = x.shape[:-1]
     if cu_tokens is not None:
-        leading = torch.Size((leading.numel(),))
+        leading = torch.Size((math.prod(leading),))
         adapter_ids = _ids_of_sequences(adapter_ids, cu_tokens, x)
     shape = adapter_ids.shape
     if leading[: len(shape)] != shape:
@@ -101,7 +102,7 @@ def _ids_of_sequences(adapter_ids: Tensor, cu_tokens: Tensor, x: Tensor) -> Tens
             f"with cu_tokens, adapter_ids has one id per sequence, [S], and cu_tokens is [S + 1]: "
             f"got {tuple(adapter_ids.shape)} and {tuple(cu_tokens.shape)}"
         )
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     if not torch.compiler.is_compiling() and ops.looks_at(adapter_ids):
         ends = torch.cat((cu_tokens, cu_tokens.new_full((1,), tokens)))
         if cu_tokens[0] != 0 or (ends.diff() < 0).any():

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora import aten_backend, dropout
@@ -87,6 +89,7 @@ def resolve(backend: str, x: Tensor, N: int, r: int) -> str:
 
 _library = torch.library.Library("fused_lora", "DEF")
 _kernels: dict[OpOverload, Callable[..., Any]] = {}
+_formulas: dict[OpOverload, Callable[..., Any]] = {}
 
 
 def define(schema: str) -> OpOverload:
@@ -97,9 +100,50 @@ def define(schema: str) -> OpOverload:
 
 def register(operator: OpOverload, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Give an operator its kernel, one for all devices, and its fake implementation."""
+
+    def differentiated(*arguments: Any) -> Any:
+        if transformed():
+            raise RuntimeError(TRANSFORMED)
+        tensors = (t for t in tree_leaves(arguments) if isinstance(t, Tensor))
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            formula = _formulas.get(operator)
+            if formula is None:
+                raise RuntimeError(TWICE)
+            return formula(*arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+
     _library.impl(operator, kernel, "CompositeExplicitAutograd")
+    # without it autograd, and transforms inside of compiled code, would see a constant
+    _library.impl(operator, differentiated, "Autograd")
     torch.library.register_fake(operator, fake, lib=_library)
     _kernels[operator] = kernel
+
+
+def differentiate(operator: OpOverload, formula: Callable[..., Any]) -> None:
+    """Give an operator a form for inputs that require grad: for those who call the operator itself,
+    exported graphs for example. Those without one refuse."""
+    _formulas[operator] = formula
+
+
+TRANSFORMED = (
+    "torch.func transforms and forward-mode differentiation do not see through the fused layer: "
+    "use fused_lora.reference.lora_linear there, which is plain PyTorch"
+)
+TWICE = (
+    "trying to differentiate twice through a fused LoRA layer, whose backward is differentiable "
+    "once: use fused_lora.reference.lora_linear there, which is plain PyTorch, or PEFT's own "
+    "layers, unpatched"
+)
+
+
+def transformed() -> bool:
+    """Whether the caller is inside of jvp, grad or vmap of torch.func, or of a dual level."""
+    if forward_ad._current_level >= 0:
+        return True
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    transforms = torch._C._functorch.TransformType
+    return interpreter is not None and interpreter.key() != transforms.Functionalize
 
 
 def call(operator: OpOverload, *arguments: Any) -> Any:

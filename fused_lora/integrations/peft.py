@@ -33,7 +33,7 @@ from fused_lora.adapter_pack import ids_of_samples, pack_for_call
 from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.explain import DEFAULT_TOKENS
 from fused_lora.four_bit import lora_linear_4bit, unpacks
-from fused_lora.functional import BACKENDS, DTYPES, lora_linear, transformed
+from fused_lora.functional import BACKENDS, DTYPES, lora_linear
 from fused_lora.multi import multi_lora_linear
 
 __all__ = ["PatchReport", "call_counts", "disable", "enable", "explain", "patch", "unpatch"]
@@ -400,7 +400,7 @@ def _why_peft(
         return "being exported" if torch.compiler.is_exporting() else None
     if torch._C._get_tracing_state() is not None:
         return "being traced"
-    if transformed():
+    if ops.transformed():
         return "inside of a torch.func transform or forward-mode differentiation"
     return "global module hooks" if _has_any_global_hook() else None
 
