@@ -261,7 +261,8 @@ class AdapterPack(nn.Module):
         self.lora_B[:, columns] = packed.lora_B
         self.scaling[columns] = entry.scaling
         first, last = min(entry.columns, default=self.total_rank), max(entry.columns, default=-1)
-        self.window[entry.id] = torch.tensor([first, last + 1], dtype=torch.int32)
+        ends = torch.tensor([first, last + 1], dtype=torch.int32, device="cpu")
+        self.window[entry.id] = ends.to(self.window.device)
         self.owner[columns] = entry.id
 
     def _free_id(self) -> int:
@@ -328,7 +329,7 @@ class AdapterPack(nn.Module):
         """The adapters' names, ids, ranks, scalings and blocks: JSON as uint8, since safetensors
         holds tensors alone."""
         entries = {n: [*entry[:3], list(entry.blocks)] for n, entry in self._entries.items()}
-        return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8)
+        return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self._entries = {

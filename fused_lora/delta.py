@@ -7,10 +7,12 @@ with the same dropout mask for the same seed; one library product then reads and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import Gradients, differentiable_once
@@ -38,8 +40,8 @@ def lora_delta(
         lora_A: [r, K]; lora_B: [N, r]. Any of these dtypes; gradients come back in it.
         scaling, dropout_p, seed, backend: as in `fused_lora.lora_linear`.
         in_place: write into base_output and return it. Only for an output that nobody else holds:
-            not a view, not a leaf that requires grad, not saved by the base's own backward (torch
-            raises in backward if it was).
+            not x, not a view, not a leaf that requires grad, not saved by the base's own backward
+            (torch raises in backward if it was).
 
     Returns:
         [..., N] in base_output's dtype: base_output itself if `in_place`.
@@ -47,11 +49,13 @@ def lora_delta(
     Raises:
         TypeError: a tensor is of another dtype, or is a DTensor.
         ValueError: shapes or devices do not fit, an option is out of range, in_place is asked for
-            on a view or on a leaf that requires grad.
+            on x's own storage, a view or a leaf that requires grad.
         RuntimeError: backend="triton" cannot run here; the message says why.
     """
     _check(base_output, x, lora_A, lora_B)
     problem = _why_not_writable(base_output) if in_place else None
+    if in_place and problem is None and torch._C._is_alias_of(base_output, x):  # type: ignore[attr-defined]
+        problem = "shares its storage with x, which backward needs"
     if problem is not None:
         raise ValueError(f"base_output {problem}, in_place=True cannot write to it: pass False")
     if not torch.compiler.is_compiling():
@@ -260,6 +264,21 @@ ops.register(delta, _delta, _delta_fake)
 ops.register(delta_, _delta_, _delta_in_place_fake)
 ops.register(delta_backward, _delta_backward, _delta_backward_fake)
 ops.differentiate(delta, _operator)
+
+
+@register_flop_formula((torch.ops.fused_lora.delta, torch.ops.fused_lora.delta_))
+def _flops(
+    base_output: Sequence[int], x: Sequence[int], lora_A: Sequence[int], *_: Any, **__: Any
+) -> int:
+    (M, K), N, r = x, base_output[-1], lora_A[0]
+    return 2 * M * r * (K + N)
+
+
+@register_flop_formula(torch.ops.fused_lora.delta_backward)
+def _backward_flops(dy: Sequence[int], x: Any, lora_A: Sequence[int], *rest: Any, **_: Any) -> int:
+    (M, N), (r, K) = dy, lora_A
+    needs_x, needs_A, needs_B = rest[6]
+    return 2 * M * r * (N * (needs_x or needs_A) + K * (needs_x + needs_A) + N * needs_B)
 
 
 def _check(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:

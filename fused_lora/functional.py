@@ -103,7 +103,11 @@ def run(
             backend,
             False,
         )[0]
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], lora_B.shape[0])
+    if x.dim() == 2:
+        return y
+    shape = (*x.shape[:-1], lora_B.shape[0])
+    # a view that is made without gradients could not be written to with them
+    return y.view(shape) if wants_grad else torch.ops.aten._unsafe_view.default(y, shape)
 
 
 def require_seen_through(recorded: bool) -> None:
@@ -221,7 +225,8 @@ def checked_options(
             raise ValueError(f"scaling must be a number or a 0-dim tensor: got {_shape(scaling)}")
         if scaling.requires_grad:
             raise ValueError("scaling requires grad, which is not supported: pass scaling.detach()")
-        scaling_tensor = scaling.to(x.device, torch.float32)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scaling_tensor = scaling.to(x.device, exact)
     elif isinstance(scaling, numbers.Real):
         factor = float(scaling)
     else:

@@ -274,8 +274,9 @@ class LoRALayer(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        given = all(prefix + name in state_dict for name in ("lora_A", "lora_B"))
-        if given and len(error_msgs) == errors:
+        own = [name for name in ("lora_A", "lora_B") if name in self._parameters]
+        given = all(prefix + name in state_dict for name in own)
+        if own and given and len(error_msgs) == errors:
             self.adapters_ready = not self.lora_A.is_meta
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoRALayer:

@@ -310,10 +310,24 @@ class FusedLoRALinear(LoRALayer):
 
     # --- state: what moves, what is saved, what loads
 
+    @property
+    def lora_merged(self) -> Tensor:
+        """True, as the state_dict of a merged layer says."""
+        if not self._merged:
+            raise AttributeError("lora_merged is in the state_dict of a merged layer alone")
+        return torch.tensor(True, device="cpu")
+
+    @property
+    def lora_base_weight(self) -> Tensor:
+        """W0 of a merged layer that kept it, as in its state_dict."""
+        if not self._merged or self._base is None:
+            raise AttributeError("lora_base_weight is in the state_dict of a merged layer alone")
+        return self._base
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._merged:
-            destination[prefix + "lora_merged"] = torch.tensor(True)
+            destination[prefix + "lora_merged"] = self.lora_merged
             if self._base is not None:
                 base = self._base
                 destination[prefix + "lora_base_weight"] = base if keep_vars else base.detach()
@@ -359,16 +373,16 @@ class FusedLoRALinear(LoRALayer):
         if merged:
             kept = self.weight if base is not None else None
             weight = given["weight"].detach()
-            self.weight = nn.Parameter(
-                weight.to(self.weight.device, self.weight.dtype, copy=True),
-                self.weight.requires_grad,
-            )
+            if not local_metadata.get("assign_to_params_buffers", False):
+                weight = weight.to(self.weight.device, self.weight.dtype, copy=True)
+            self.weight = nn.Parameter(weight, self.weight.requires_grad)
             self._set_base(kept, merged=True)
 
     def _refuse(self, given: dict[str, Tensor], prefix: str) -> str | None:
         """Why these entries of a state_dict cannot be loaded, None if they can."""
         present = [key for key in _ADAPTER_KEYS if key in given]
-        if len(present) == 1:
+        # a factor that is parametrized or pruned has other keys
+        if len(present) == 1 and all(key in self._parameters for key in _ADAPTER_KEYS):
             absent = next(key for key in _ADAPTER_KEYS if key not in present)
             return (
                 f"{prefix}{present[0]} is in the state_dict, {prefix}{absent} is not: an adapter "

@@ -110,7 +110,8 @@ def _ids_of_sequences(adapter_ids: Tensor, cu_tokens: Tensor, x: Tensor) -> Tens
                 f"cu_tokens must rise from 0 to at most x's {tokens} tokens: got "
                 f"{cu_tokens.tolist()}"
             )
-    # behind the last sequence: an id of nobody
+    # behind the last sequence: an id of nobody, which unsigned ones do not have
+    adapter_ids = adapter_ids.to(torch.int64)
     ids = torch.cat((adapter_ids, adapter_ids.new_full((1,), -1)))
     positions = torch.arange(tokens, dtype=cu_tokens.dtype, device=x.device)
     return ids[torch.searchsorted(cu_tokens, positions, right=True) - 1]

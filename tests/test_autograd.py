@@ -271,6 +271,18 @@ def test_the_output_is_nobodys_view_and_may_be_changed_in_place(make, inputs, le
         assert torch.equal(layer(x), before)
 
 
+@pytest.mark.parametrize("leading", [(M,), (2, M)])
+def test_what_was_made_without_gradients_may_be_written_to_with_them(make, inputs, leading):
+    layer, x = make(), inputs(*leading)
+    with torch.no_grad():
+        y = layer(x)
+        expected = y.clone()
+    shift = torch.ones(y.shape[-1], device=y.device, dtype=y.dtype, requires_grad=True)
+    y += shift
+    y.sum().backward()
+    assert torch.equal(y, expected + 1) and torch.equal(shift.grad, shift * y[..., 0].numel())
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_inputs_are_never_written_to(make, inputs, dropout):
     layer, x = make(lora_dropout=dropout).requires_grad_(True), inputs(2, M)

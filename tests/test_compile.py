@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fused_lora import FusedLoRALinear, lora_linear, ops
+from fused_lora.delta import lora_delta
 
 SHAPES = [(7, 50, 33, 3), (1, 16, 8, 1), (130, 24, 40, 17)]  # M, N, K, r
 BACKENDS = ["aten", "triton"]
@@ -283,6 +284,49 @@ def test_compiled_code_says_why_triton_cannot_run(dropout):
 def test_an_exported_layer_computes_what_it_does():
     layer, x = make("aten", "cpu"), torch.randn(7, 33)
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+@pytest.mark.parametrize("strict", (True, False))
+@pytest.mark.parametrize("dropout", (0.0, 0.25))
+def test_an_exported_model_trains(dropout, strict):
+    """torch.export calls what an autograd Function does a constant."""
+    layers = [make("aten", "cpu", lora_dropout=dropout) for _ in range(2)]
+    model = nn.Sequential(layers[0], nn.Linear(50, 33), nn.Tanh(), Delta(layers[1]))
+    x = torch.randn(7, 33)
+    exported = torch.export.export(model, (x,), strict=strict).module()
+    for module in (model, exported):
+        torch.manual_seed(3)
+        module(x).square().sum().backward()
+    expected = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    found = {key: p.grad for key, p in exported.named_parameters() if p.requires_grad}
+    assert len(found) == len(expected) == 6
+    for key, grad in expected.items():
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(found[key], grad)
+
+
+class Delta(nn.Module):
+    """A layer whose adapter is added to the output of its base."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        layer = self.layer
+        y = nn.functional.linear(x, layer.weight)
+        dropout_p = layer.lora_dropout if self.training else 0.0
+        return lora_delta(y, x, layer.lora_A, layer.lora_B, dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("strict", (True, False))
+def test_an_exported_layer_takes_any_leading_dimensions(strict):
+    layer, dynamic = make("aten", "cpu").requires_grad_(False), torch.export.Dim.DYNAMIC
+    shapes = {"x": {0: dynamic, 1: dynamic}}
+    example = torch.randn(2, 3, 33)
+    program = torch.export.export(layer, (example,), dynamic_shapes=shapes, strict=strict)
+    x = torch.randn(5, 4, 33)
+    torch.testing.assert_close(program.module()(x), layer(x))
 
 
 @pytest.mark.parametrize("trainable", [True, False])

@@ -107,6 +107,15 @@ def test_in_place_returns_the_very_tensor_with_the_same_values(backend, leading,
     assert same._version > version
 
 
+def test_in_place_is_refused_where_x_would_be_written_over():
+    h, lora_A, lora_B = torch.randn(7, 48), torch.randn(8, 48), torch.randn(48, 8)
+    for x in (h, h.view(7, 48)):
+        kept = h.clone()
+        with pytest.raises(ValueError, match=r"shares its storage with x.*pass False"):
+            lora_delta(h, x, lora_A, lora_B, in_place=True)
+        assert torch.equal(h, kept)
+
+
 def test_in_place_keeps_the_gradients_of_the_base(device):
     case = testing.make_case(33, 48, 64, 8, torch.float32, device=device)
     tensors = [t.requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)]
@@ -179,6 +188,10 @@ def test_scaling_may_be_a_tensor_that_is_never_read_on_the_host(device):
     number = lora_delta(*args, scaling=3.0)
     tensor = lora_delta(*args, scaling=torch.tensor(3.0, device=device))
     torch.testing.assert_close(number, tensor)
+    wide = [t.double() for t in args]
+    exact = lora_delta(*wide, scaling=0.1)
+    scaling = torch.tensor(0.1, device=device, dtype=torch.float64)
+    torch.testing.assert_close(lora_delta(*wide, scaling=scaling), exact, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("rows", [0, 1])

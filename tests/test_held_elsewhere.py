@@ -9,7 +9,7 @@ import pytest
 import torch
 from quantized_layers import BASES, adapted, base_layer, inputs
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import fused_lora
 from fused_lora import AdapterPack, FusedLoRALinear, MultiLoRALinear
@@ -89,6 +89,25 @@ def test_a_parametrized_layer_is_not_half_exchanged(name):
         with pytest.raises(RuntimeError, match=f"{name} are parametrized or pruned: call"):
             call()
     assert torch.equal(layer(x), before) and not layer.merged
+
+
+@pytest.mark.parametrize("name", ("lora_A", "lora_B"))
+@pytest.mark.parametrize("how", ("parametrized", "pruned"))
+def test_a_layer_with_a_factor_held_elsewhere_loads_its_own_state(how, name):
+    def build(scale):
+        layer = model()[0]
+        with torch.no_grad():
+            getattr(layer, name).mul_(scale)
+        if how == "pruned":
+            prune.l1_unstructured(layer, name, 0.5)
+        else:
+            parametrize.register_parametrization(layer, name, Half())
+        return layer
+
+    layer, other = build(1.0), build(3.0)
+    assert not torch.equal(layer(x), other(x))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
 
 
 def test_an_adapter_that_cannot_be_copied_leaves_a_merged_layer_merged():

@@ -197,3 +197,33 @@ def test_adapters_are_made_where_a_base_was_assigned_to_a_meta_layer(how):
         layer.set_adapter(A, B, lora_alpha=2)
         torch.testing.assert_close(layer(x), base(x) + x @ A.t() @ B.t())
     assert layer.lora_A.requires_grad and not layer.lora_B.requires_grad
+
+
+@pytest.mark.parametrize("keep_base", KEEP_BASE)
+def test_a_merged_state_is_assigned_as_it_is(keep_base):
+    source, x = make(dtype=torch.float64).merge(keep_base), inputs(dtype=torch.float64)
+    state = source.state_dict()
+    for device in ("meta", "cpu"):
+        layer = FusedLoRALinear(K, N, r=R, device=device)
+        layer.load_state_dict(state, assign=True)
+        assert all(p.data_ptr() == state[key].data_ptr() for key, p in layer.named_parameters())
+        assert layer.merged and torch.equal(layer(x), source(x))
+
+
+@pytest.mark.parametrize("merged", (False, True))
+def test_torchs_distributed_checkpoints_know_the_state_of_a_merged_layer(merged):
+    from torch.distributed.checkpoint.state_dict import (
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    source, layer, x = make(), make(seed=1), inputs()
+    if merged:
+        source.merge()
+    state = get_model_state_dict(source)
+    assert set(state) == set(source.state_dict())
+    if merged:
+        layer.merge()
+    set_model_state_dict(layer, state)
+    assert layer.merged == merged and torch.equal(layer(x), source(x))
+    assert not hasattr(make(), "lora_merged") and not hasattr(make(), "lora_base_weight")

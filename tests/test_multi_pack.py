@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from multi_cases import fused, make_batch, make_pack
+from multi_cases import fused, make_batch, make_ids, make_pack
 from shapes import BF16, FP32
 
 from fused_lora import AdapterPack, lora_linear, multi_lora_linear, ops
@@ -155,7 +155,11 @@ def test_names_and_room_are_checked():
         (lambda: pack.remove("b"), KeyError, "no adapter 'b' in the pack, which holds"),
         (lambda: pack.ids(["a", "b"]), KeyError, "no adapter 'b'"),
         (lambda: pack.add_untrained("b", 0), ValueError, "r must be at least 1"),
-        (lambda: AdapterPack(K, N, total_rank=0), ValueError, "total_rank must be an integer of at least 1"),
+        (
+            lambda: AdapterPack(K, N, total_rank=0),
+            ValueError,
+            "total_rank must be an integer of at least 1",
+        ),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -210,6 +214,26 @@ def test_sequences_of_different_lengths_are_told_by_their_ends(backend, dtype, c
     for x in (batch.x, batch.x.view(2, 7, K)):
         y = call(x, batch.weight, pack, sequences, cu_tokens=ends, backend=backend)
         assert torch.equal(y.view(14, N), told)
+
+
+def test_unsigned_ids_leave_tokens_behind_the_last_sequence_to_the_base():
+    batch = make_batch(9, 24, 40, (8, 3), FP32, make_ids("uniform", "grouped", 9, 2), "cpu")
+    pack, ends = make_pack(batch), torch.tensor([0, 4, 7])
+    given = [
+        multi_lora_linear(batch.x, batch.weight, pack, ids, cu_tokens=ends)
+        for ids in (torch.tensor([1, 0], dtype=torch.uint8), torch.tensor([1, 0]))
+    ]
+    assert torch.equal(*given)
+    torch.testing.assert_close(given[0][7:], batch.x[7:] @ batch.weight.t())
+
+
+def test_a_pack_ignores_torchs_default_device():
+    pack = AdapterPack(8, 6, total_rank=16)
+    with torch.device("meta"):
+        pack.add("a", torch.ones(2, 8, device="cpu"), torch.ones(6, 2, device="cpu"))
+        state = pack.state_dict()
+    assert pack.window[0].tolist() == [0, 16]
+    assert not any(value.is_meta for value in state.values())
 
 
 def test_ends_of_sequences_that_do_not_fit_are_refused():

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fused_lora import lora_linear, ops, testing
+from fused_lora.delta import lora_delta
 
 OPERATORS = {"fused_lora::forward": ops.forward, "fused_lora::backward": ops.backward}
 
@@ -134,6 +135,23 @@ def test_autocast_is_asked_for_the_device_of_the_tensor(on, autocast_on):
         "cpu": on == "cpu",
         "meta": False,
     }
+
+
+@pytest.mark.parametrize("needs", ((True, True, True), (False, True, True), (True, False, False)))
+@pytest.mark.parametrize("in_place", (False, True))
+def test_flops_of_the_adapter_term_alone_are_those_of_its_products(in_place, needs):
+    M, N, K, r = 8, 24, 40, 4
+    x, A, B = torch.randn(M, K), torch.randn(r, K), torch.randn(N, r)
+    for tensor, needed in zip((x, A, B), needs, strict=True):
+        tensor.requires_grad_(needed)
+    needs_x, needs_A, needs_B = needs
+    with FlopCounterMode(display=False) as counter:
+        y = lora_delta(torch.zeros(M, N), x, A, B, backend="aten", in_place=in_place)
+    assert counter.get_total_flops() == 2 * M * r * (K + N)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    products = N * (needs_x or needs_A) + K * (needs_x + needs_A) + N * needs_B
+    assert counter.get_total_flops() == 2 * M * r * products
 
 
 @pytest.mark.parametrize("needs", ((True, True, True), (False, True, True), (True, False, False)))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from fused_lora import FusedLoRALinear, MultiLoRALinear
+from fused_lora.delta import lora_delta
 
 SAID = "do not see through the fused layer: use fused_lora.reference.lora_linear"
 
@@ -24,6 +25,11 @@ def packed():
     return lambda x: layer(x, torch.zeros(x.shape[:-1], dtype=torch.int32))
 
 
+def delta():
+    A, B = torch.randn(4, 16), torch.randn(32, 4)
+    return lambda x: lora_delta(x.new_zeros(*x.shape[:-1], 32), x, A, B)
+
+
 CALLS = {
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
     "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
@@ -31,7 +37,7 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("make", (frozen, packed))
+@pytest.mark.parametrize("make", (frozen, packed, delta))
 @pytest.mark.parametrize("call", CALLS)
 def test_transforms_of_a_layer_without_gradients_are_refused(call, make):
     with pytest.raises(RuntimeError, match=SAID):
@@ -75,6 +81,22 @@ def test_batched_gradients_are_right_or_refused(backend):
         assert "fused_lora::backward" in str(error)
     else:
         torch.testing.assert_close(batched, torch.stack([gradient(dy) for dy in dys]))
+
+
+COMPILED = {
+    "grad": lambda f: lambda x: torch.func.grad(lambda x: f(x).square().sum())(x),
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (x,))[1],
+}
+
+
+@pytest.mark.parametrize("compiler", ("eager", "aot_eager"))
+@pytest.mark.parametrize("transform", COMPILED)
+@pytest.mark.parametrize("make", (frozen, packed, delta))
+def test_transforms_inside_of_compiled_code_are_refused(make, transform, compiler):
+    torch._dynamo.reset()
+    compiled = torch.compile(COMPILED[transform](make()), backend=compiler)
+    with pytest.raises(RuntimeError, match=SAID):
+        compiled(torch.randn(5, 16))
 
 
 def test_nested_tensors_are_refused_by_name():
