@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora import aten_backend, dropout
@@ -104,12 +103,14 @@ def register(operator: OpOverload, kernel: Callable[..., Any], fake: Callable[..
     def differentiated(*arguments: Any) -> Any:
         if transformed():
             raise RuntimeError(TRANSFORMED)
-        tensors = (t for t in tree_leaves(arguments) if isinstance(t, Tensor))
+        tensors = (t for t in arguments if isinstance(t, Tensor))
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             formula = _formulas.get(operator)
             if formula is None:
                 raise RuntimeError(TWICE)
             return formula(*arguments)
+        if not _watched(arguments):
+            return kernel(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
@@ -148,9 +149,14 @@ def transformed() -> bool:
 
 def call(operator: OpOverload, *arguments: Any) -> Any:
     """`operator(*arguments)`; past the dispatcher, which takes as long as the launches, where
-    nobody watches it: no compiler, mode, transform, trace, profiler, tensor subclass, meta device.
-    """
-    watched = (
+    nobody watches it."""
+    return (operator if _watched(arguments) else _kernels[operator])(*arguments)
+
+
+def _watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether there is a compiler, mode, transform, trace, profiler, tensor subclass or meta device
+    that must see the operator."""
+    return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -160,7 +166,6 @@ def call(operator: OpOverload, *arguments: Any) -> Any:
         or arguments[0].is_meta
         or torch._C._functorch.is_legacy_batchedtensor(arguments[0])
     )
-    return (operator if watched else _kernels[operator])(*arguments)
 
 
 _UNWATCHED = {Tensor, nn.Parameter, bool, int, float, str, list, tuple, type(None)}
