@@ -327,9 +327,12 @@ class AdapterPack(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """The adapters' names, ids, ranks, scalings and blocks: JSON as uint8, since safetensors
-        holds tensors alone."""
+        holds tensors alone, filled up to a length that rarely depends on them, since distributed
+        checkpoints load into tensors of the same size."""
         entries = {n: [*entry[:3], list(entry.blocks)] for n, entry in self._entries.items()}
-        return torch.tensor(list(json.dumps(entries).encode()), dtype=torch.uint8, device="cpu")
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % (_BYTES_OF_AN_ENTRY * self.max_adapters))
+        return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self._entries = {
@@ -375,6 +378,9 @@ class AdapterPack(nn.Module):
                     "max_adapters"
                 )
         return None
+
+
+_BYTES_OF_AN_ENTRY = 64
 
 
 def _blocks_of(r: int) -> int:

@@ -306,3 +306,23 @@ def test_scalings_stay_exact_when_the_pack_is_cast():
     exact = pack.scaling.clone()
     pack.to(BF16)
     assert pack.lora_A.dtype == BF16 and torch.equal(pack.scaling, exact)
+
+
+def test_a_distributed_checkpoint_brings_other_adapters(tmp_path):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    def build(*names):
+        pack = AdapterPack(K, N, total_rank=48, max_adapters=4)
+        for seed, name in enumerate(names):
+            pack.add(name, *factors(5 + seed, seed), scaling=0.5)
+        return pack
+
+    source, pack, (x, weight) = build("first", "second"), build("other"), inputs()
+    dcp.save(get_model_state_dict(source), checkpoint_id=tmp_path, no_dist=True)
+    state = get_model_state_dict(pack)
+    dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_model_state_dict(pack, state)
+    assert pack.names == ["first", "second"]
+    for name in pack.names:
+        assert torch.equal(served(pack, name, x, weight), served(source, name, x, weight))
