@@ -253,16 +253,17 @@ class AdapterPack(nn.Module):
     @torch.no_grad()
     def write(self, name: str, packed: Packed) -> None:
         """Put what `prepare` or `packed` returned in its place, its owner last."""
+        entry = packed.entry
+        columns = self._index(entry.columns[: entry.r])
+        first, last = min(entry.columns, default=self.total_rank), max(entry.columns, default=-1)
+        window = self.window.new_tensor([first, last + 1])
         if name in self._entries:
             self._clear(self._entries[name])
-        entry = self._entries[name] = packed.entry
-        columns = self.columns(name)
+        self._entries[name] = entry
         self.lora_A[columns] = packed.lora_A
         self.lora_B[:, columns] = packed.lora_B
         self.scaling[columns] = entry.scaling
-        first, last = min(entry.columns, default=self.total_rank), max(entry.columns, default=-1)
-        ends = torch.tensor([first, last + 1], dtype=torch.int32, device="cpu")
-        self.window[entry.id] = ends.to(self.window.device)
+        self.window[entry.id] = window
         self.owner[columns] = entry.id
 
     def _free_id(self) -> int:
