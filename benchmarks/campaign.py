@@ -2,11 +2,11 @@
 
     python benchmarks/campaign.py STEP --output DIR [--minutes 9] [--dry-run | --compile-only]
 
-Steps, in order: correct, plain, paths, shrink, backward, decode, host, memory. Results go to
-DIR/campaign-STEP.json after every group; the same command again goes on where it stopped. What does
-not compile, is wrong, crashes or hangs is recorded with its reason, and the step goes on: the
-measuring runs in a process of its own, which is watched and started again. Without a GPU,
---dry-run lists a step's measurements and --compile-only compiles all its kernels for sm_90.
+Steps, in order: correct, plain, paths, shrink, backward, dropout, decode, host, memory, figures.
+Results go to DIR/campaign-STEP.json after every group; the same command again goes on where it
+stopped. What does not compile, is wrong, crashes or hangs is recorded with its reason, and the step
+goes on: the measuring runs in a process of its own, which is watched and started again. Without a
+GPU, --dry-run lists a step's measurements and --compile-only compiles all its kernels for sm_90.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The steps of the campaign that are no comparison of kernels: correctness, host time, memory.
+"""The steps of the campaign that are no comparison of kernels: correctness, host time, memory, and
+the programs that make the README's figures.
 
 compute-sanitizer --tool memcheck python benchmarks/checkups.py     every kernel, small shapes
 """
@@ -24,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SANITIZER = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
 TOOLS = ("memcheck", "racecheck")
 HOST_GOAL_US, MEMORY_GOAL_MIB = 30.0, 24.0
-PART_SECONDS = 240.0  # a part of `correct` that takes longer hangs
+PART_SECONDS = 240.0  # a part of `correct` or `figures` that takes longer hangs
 
 
 def run(step: str, record: Any, deadline: float, dry_run: bool) -> int:
@@ -105,6 +106,62 @@ def _counts(report: Path) -> dict[str, Any]:
     return {name: int(suite.get(name, 0)) for name in ("tests", "skipped")} | {"failed": failed}
 
 
+LARGE = "8192x4096x4096,8192x4096x14336,8192x14336x4096"
+FEW = ",".join(f"{M}x4096x{N}" for N in (4096, 14336) for M in (1, 16, 64))
+NARROW_AND_SHORT = "8192x4096x1024," + ",".join(
+    f"{M}x4096x4096" for M in (2048, 1024, 512, 256, 128)
+)
+_FAST = "--providers=eager3,addmm,addmm_,peft,fused"  # merged is always measured
+
+
+def _figures() -> dict[str, Part]:
+    """The README's figures, in one file of latency.py and one of each other program."""
+    everybody = "--providers=base,eager3,addmm,addmm_,torch.compile,peft,fused"
+    both, forward = "--modes=fwd,fwd+bwd", "--modes=fwd"
+    autotuned = "--providers=torch.compile (max-autotune),fused"
+    layers = {
+        "large layers": (LARGE, "--ranks=16", both, everybody),
+        "large layers, other ranks": (LARGE, "--ranks=8,64", forward, _FAST),
+        "few tokens": (FEW, "--ranks=16,64", forward, _FAST),
+        "narrow layers and short steps": (NARROW_AND_SHORT, "--ranks=16", both, _FAST),
+    }
+    parts = {
+        name: _latency([f"--shapes={shapes}", *options])
+        for name, (shapes, *options) in layers.items()
+    }
+    parts["many adapters"] = _program("latency.py", ["--multi", "--quick"])
+    parts["memory"] = _program("memory.py", [])
+    square = [f"--shapes={LARGE.partition(',')[0]}", "--ranks=16", both, "--quick", "--no-plot"]
+    parts["max-autotune"] = _program("latency.py", [*square, autotuned], "max-autotune")
+    if importlib.util.find_spec("bitsandbytes"):
+        parts["a 4-bit base"] = _program("latency.py", [*square, "--base=nf4"], "nf4")
+    return parts
+
+
+def _latency(options: list[str]) -> Part:
+    """A part of the one file that the README's table is made from: begun by the first, resumed by
+    the others."""
+
+    def part(folder: Path, seconds: float) -> dict[str, Any]:
+        begun = sorted(folder.glob("latency-*.json"))
+        resume = [f"--resume={begun[0]}"] if begun else []
+        return _program("latency.py", ["--quick", "--no-plot", *resume, *options])(folder, seconds)
+
+    return part
+
+
+def _program(name: str, options: list[str], subfolder: str = "") -> Part:
+    def part(folder: Path, seconds: float) -> dict[str, Any]:
+        program = str(Path(__file__).with_name(name))
+        command = [sys.executable, program, *options, f"--output={folder / subfolder}"]
+        code = _logged(command, folder, seconds, log="figures.log")
+        if code is None:
+            return _unfinished(seconds)
+        return {"ok": code == 0, "note": f"{name} {' '.join(options)}"}
+
+    return part
+
+
 def _sanitizer(tool: str) -> Part:
     def part(folder: Path, seconds: float) -> dict[str, Any]:
         if not Path(SANITIZER).exists():
@@ -128,16 +185,20 @@ def _unfinished(seconds: float) -> dict[str, Any]:
 
 
 def _logged(
-    command: list[str], folder: Path, seconds: float, environment: dict[str, str] | None = None
+    command: list[str],
+    folder: Path,
+    seconds: float,
+    environment: dict[str, str] | None = None,
+    log: str = "correct.log",
 ) -> int | None:
-    """The exit status of a command, its output in correct.log; None if it had to be ended."""
+    """The exit status of a command, its output in a log; None if it had to be ended."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "correct.log", "a") as log:
-        print(f"\n$ {' '.join(command)}", file=log, flush=True)
+    with open(folder / log, "a") as file:
+        print(f"\n$ {' '.join(command)}", file=file, flush=True)
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            stdout=log,
+            stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
             start_new_session=True,
@@ -201,6 +262,7 @@ STEPS: dict[str, Callable[[], dict[str, Part]]] = {
     "correct": _correct,
     "host": _host,
     "memory": _memory,
+    "figures": _figures,
 }
 
 

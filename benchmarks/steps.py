@@ -247,6 +247,20 @@ def backward(device: config.Device) -> list[Group]:
     return groups
 
 
+def dropout(device: config.Device) -> list[Group]:
+    """The training step with dropout, as the README quotes it."""
+    groups = []
+    for shape in (SQUARE, UP, DOWN):
+        case = _case("fwd+bwd", shape, 16)
+        layers = [
+            Layer("no dropout", "triton", "fwd+bwd"),
+            Layer("dropout", "triton", "fwd+bwd", dropout=True),
+            Layer("aten", "aten", "fwd+bwd"),
+        ]
+        groups.append(Group(f"step {case}", case, ("fwd", "dx"), layers, {}, goal=1.14))
+    return groups
+
+
 def decode(device: config.Device) -> list[Group]:
     """Few tokens: how W is cut into tiles and splits."""
     groups = []
@@ -278,5 +292,6 @@ GROUPS = {
     "paths": paths,
     "shrink": shrink,
     "backward": backward,
+    "dropout": dropout,
     "decode": decode,
 }

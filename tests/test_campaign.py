@@ -76,14 +76,14 @@ def test_the_window_of_shrink_brackets_the_idle_sms(bench):
     assert window.predicted["pdl 32 SMs"] < window.predicted["pdl 33 SMs"]
 
 
-@pytest.mark.parametrize("step", ["plain", "correct", "host", "memory"])
+@pytest.mark.parametrize("step", ["plain", "dropout", "correct", "host", "memory", "figures"])
 def test_a_dry_run_needs_no_gpu_and_writes_nothing(bench, step, capsys, tmp_path):
     assert bench.campaign.main([step, f"--output={tmp_path / 'out'}", "--dry-run"]) == 0
     assert capsys.readouterr().out and not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("step", ["plain", "correct", "host", "memory"])
+@pytest.mark.parametrize("step", ["plain", "correct", "host", "memory", "figures"])
 def test_without_a_gpu_it_says_so(bench, step, capsys, tmp_path):
     assert bench.campaign.main([step, f"--output={tmp_path / 'out'}"]) == 2
     assert "no GPU" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -284,6 +284,19 @@ def test_a_checkup_whose_tests_were_all_skipped_says_nothing(bench, tmp_path, bo
     (tmp_path / "test_it.py").write_text(body)
     part = bench.checkups._pytest([str(tmp_path / "test_it.py"), "--rootdir", str(tmp_path)])
     assert part(tmp_path, 60.0)["ok"] is ok
+
+
+def test_the_parts_of_the_figures_go_into_one_file(bench, tmp_path):
+    for tokens in (7, 9):
+        options = [f"--shapes={tokens}x33x20", "--ranks=3", "--modes=fwd", "--dtype=float32"]
+        part = bench.checkups._latency([*options, "--providers=eager3,fused"])
+        assert part(tmp_path, 200.0)["ok"] is True
+    (path,) = tmp_path.glob("latency-*.json")
+    meta, rows = bench.results.load(path)
+    assert [row.M for row in rows if row.provider == "fused"] == [7, 9]
+    assert all(row.p50_us > 0 for row in rows) and "7x33x20" in meta["command"]
+    assert bench.checkups._latency(["--shapes=nonsense"])(tmp_path, 200.0)["ok"] is False
+    assert "nonsense" in (tmp_path / "figures.log").read_text()
 
 
 def test_failed_tests_are_named(bench, tmp_path):
