@@ -1,10 +1,9 @@
 """Tensor parallelism: styles for torch's `parallelize_module` that split a FusedLoRALinear over a
-mesh; every rank runs the fused kernels on its own shards. Where the mesh does not divide a size,
-torch 2.11 hands the gradient of a factor split by columns back whole, by one more collective."""
+mesh; every rank runs the fused kernels on its own shards."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +154,25 @@ def _local(parameter: Tensor) -> Tensor:
     """This rank's part of a DTensor. Where that is all of it, the ranks' gradients are the terms of
     one sum, which one all-reduce makes."""
     assert isinstance(parameter, DTensor)
-    replicated = parameter.placements[0].is_replicate()
-    if not (replicated and parameter.requires_grad and torch.is_grad_enabled()):
+    if not (parameter.requires_grad and torch.is_grad_enabled()):
         return parameter.to_local()
+    if not parameter.placements[0].is_replicate():
+        compiling = torch.compiler.is_compiling()
+        return parameter.to_local() if compiling else _Part.apply(parameter)
     return parameter.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+class _Part(torch.autograd.Function):
+    """`parameter.to_local()` of a shard. Where the mesh does not divide a size, torch 2.11 gives the
+    gradient other strides than the parameter has, and gathers it for that."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
+        ctx.geometry = {"shape": parameter.shape, "stride": parameter.stride()}
+        local = parameter.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:  # type: ignore[override]
+        return DTensor.from_local(grad, ctx.mesh, ctx.placements, run_check=False, **ctx.geometry)
