@@ -163,8 +163,8 @@ def _local(parameter: Tensor) -> Tensor:
 
 
 class _Part(torch.autograd.Function):
-    """`parameter.to_local()` of a shard. Where the mesh does not divide a size, torch 2.11 gives the
-    gradient other strides than the parameter has, and gathers it for that."""
+    """`parameter.to_local()` of a shard. Where the mesh does not divide a size, torch 2.11 would
+    give the gradient other strides than the parameter has, and gather it for that."""
 
     @staticmethod
     def forward(ctx: Any, parameter: DTensor) -> Tensor:
