@@ -30,7 +30,9 @@ class QuantizedLoRALinear(LoRALayer):
             torchao.
         r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend: as `FusedLoRALinear`.
 
-    Gradients reach x and the adapters. Raises TypeError for another base layer.
+    Gradients reach x and the adapters. In a state_dict the base's keys begin with `base_layer.`:
+    save adapters by `save_adapter`; for transformers' `save_pretrained`, `unload` the model first.
+    Raises TypeError for another base layer.
     """
 
     base_layer: nn.Module
