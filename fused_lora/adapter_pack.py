@@ -99,7 +99,7 @@ class AdapterPack(nn.Module):
 
         Raises ValueError, before anything is written, if the name is taken, shapes do not fit, a
         value is not finite (it would leak into the tokens of other adapters), or room is missing;
-        RuntimeError if accelerate has offloaded the pack.
+        RuntimeError if accelerate has offloaded the pack or FSDP has sharded it.
         """
         if name in self._entries:
             raise ValueError(f"there is an adapter {name!r} already: use replace(), or remove() it")
@@ -178,9 +178,14 @@ class AdapterPack(nn.Module):
 
     def require_storage(self) -> None:
         """Raise ValueError if the factors hold no values, RuntimeError if accelerate has offloaded
-        them."""
+        them or FSDP has sharded them."""
         if self.owner.is_meta:
             raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
+        if type(self.lora_A).__name__ == "DTensor":
+            raise RuntimeError(
+                "the pack is sharded: add, replace, remove and save adapters before fully_shard; "
+                "torch.distributed.checkpoint.state_dict takes its whole state"
+            )
         if self.lora_A.is_meta:
             raise RuntimeError(
                 "accelerate has offloaded the pack, and would put the old factors back: call "

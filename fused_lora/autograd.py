@@ -49,12 +49,20 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(ops.TWICE)
 
 
+ANOTHER_BLOCK = (
+    "activation checkpointing has computed a forward pass again in another use_adapters block than "
+    "it was made in, with that block's adapters: call backward inside the block that made the "
+    "forward pass, for each block's loss its own"
+)
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """y = x W^T + bias + S B^T with S = scaling * D(x) A^T, rows x [M, K]. With `adapters`, the
     tensors of `scale.Adapters`, A and B pack several and S is zero outside of a token's own.
     options: those of `functional.checked_options`; in a tuple, as torch looks at every argument.
-    With `unpack`, W = unpack(weight, x's dtype), formed anew in each direction. `whole` returns all
-    that the operator does: y, S and the mask.
+    With `unpack`, W = unpack(weight, x's dtype), formed anew in each direction. `block` holds a
+    number for the adapters of a use_adapters block: saved, it comes back as activation
+    checkpointing has computed it. `whole` returns all that the operator does: y, S and the mask.
 
     Saved for backward: x (only for dA or dW), the original W, A and B (parameters, never a cast
     copy; a packed W packed), S [M, r] and, with dropout, one bit per element of x. Nothing of
@@ -73,6 +81,7 @@ class LoRALinearFunction(torch.autograd.Function):
         options: tuple[float, Tensor | None, float, Tensor | None, str],
         adapters: Sequence[Tensor],
         unpack: Callable[[Tensor, torch.dtype], Tensor] | None,
+        block: Tensor | None,
         whole: bool,
     ) -> Tensor | tuple[Tensor, ...]:
         scaling, scaling_tensor, dropout_p, seed, backend = options
@@ -99,8 +108,10 @@ class LoRALinearFunction(torch.autograd.Function):
             S if lora_B.requires_grad else None,
             mask[0] if mask and (x.requires_grad or lora_A.requires_grad) else None,
             scaling_tensor,
+            block,
             *adapters,
         )
+        ctx.block = None if block is None else block.item()
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.unpack = scaling, dropout_p, backend, unpack
         ctx.bias_dtype = None if bias is None else bias.dtype
         if not whole:
@@ -111,7 +122,9 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, saved: tuple[Tensor | None, ...], dy: Tensor) -> Gradients:  # type: ignore[override]
-        x, weight, lora_A, lora_B, S, mask, scaling_tensor, *adapters = saved
+        x, weight, lora_A, lora_B, S, mask, scaling_tensor, block, *adapters = saved
+        if block is not None and block.item() != ctx.block:
+            raise RuntimeError(ANOTHER_BLOCK)
         needs = list(ctx.needs_input_grad[:5])
         computed = ops.call(
             ops.backward,
@@ -133,7 +146,7 @@ class LoRALinearFunction(torch.autograd.Function):
         grads = [next(remaining) if needed else None for needed in needs]
         if grads[4] is not None:
             grads[4] = grads[4].to(ctx.bias_dtype)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _operator(
@@ -151,7 +164,7 @@ def _operator(
     for_backward: bool,
 ) -> list[Tensor]:
     options = (scaling, scaling_tensor, dropout_p, seed, backend)
-    arguments = (x, weight, lora_A, lora_B, bias, options, adapters, None, True)
+    arguments = (x, weight, lora_A, lora_B, bias, options, adapters, None, None, True)
     outputs = LoRALinearFunction.apply(*arguments)
     return list(outputs if for_backward else outputs[:1])
 

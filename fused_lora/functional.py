@@ -68,10 +68,11 @@ def run(
     options: tuple,
     adapters: tuple[Tensor, ...] = (),
     unpack: Callable[[Tensor, torch.dtype], Tensor] | None = None,
+    block: Tensor | None = None,
 ) -> Tensor:
     """The operator on checked arguments, recorded for backward where a gradient may be asked for.
     options: what `checked_options` returns; adapters: those of a pack; unpack: (weight, dtype) ->
-    W [N, K], of a packed weight."""
+    W [N, K], of a packed weight; block: see `LoRALinearFunction`."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
         x.requires_grad
@@ -84,7 +85,7 @@ def run(
         require_seen_through(wants_grad)
     # torch.export calls whatever a Function does a constant: it gets the operator
     if wants_grad and not torch.compiler.is_exporting():
-        arguments = (rows, weight, lora_A, lora_B, bias, options, adapters, unpack, False)
+        arguments = (rows, weight, lora_A, lora_B, bias, options, adapters, unpack, block, False)
         y = LoRALinearFunction.apply(*arguments)
     else:
         scaling, scaling_tensor, dropout_p, seed, backend = options

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fused_lora import ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
+from fused_lora.autograd import ANOTHER_BLOCK
 from fused_lora.functional import autocasted, check_tensors, checked_options, run
 from fused_lora.layer import check_adapter_options
 from fused_lora.linear import is_conv1d, require_plain
@@ -57,11 +59,26 @@ def multi_lora_linear(
     Adapters are isolated from each other for finite values: zero times infinity is not zero, so an
     adapter that is not finite spoils its neighbours' tokens, which is why a pack refuses it.
     """
+    return _run(x, weight, pack, adapter_ids, bias, cu_tokens, dropout_p, seed, backend, None)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    pack: AdapterPack | CallPack,
+    adapter_ids: Tensor,
+    bias: Tensor | None,
+    cu_tokens: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    block: Tensor | None,
+) -> Tensor:
     x, autocast = autocasted(x)
     check_tensors(x, weight, pack.lora_A, pack.lora_B, bias, autocast)
-    ids = _ids_of_tokens(adapter_ids, x, cu_tokens)
+    tables = pack.for_tokens(_ids_of_tokens(adapter_ids, x, cu_tokens))
     options = checked_options(x, 1.0, dropout_p, seed, backend)
-    return run(x, weight, pack.lora_A, pack.lora_B, bias, options, pack.for_tokens(ids))
+    return run(x, weight, pack.lora_A, pack.lora_B, bias, options, tables, block=block)
 
 
 def _ids_of_tokens(adapter_ids: Tensor, x: Tensor, cu_tokens: Tensor | None) -> Tensor:
@@ -120,29 +137,37 @@ def _ids_of_sequences(adapter_ids: Tensor, cu_tokens: Tensor, x: Tensor) -> Tens
 class _Chosen:
     """What a layer takes inside one use_adapters block, and how often it was called there."""
 
-    def __init__(self, ids: Tensor, beam_ids: Tensor | None, cu_tokens: Tensor | None) -> None:
+    def __init__(
+        self, ids: Tensor, beam_ids: Tensor | None, cu_tokens: Tensor | None, block: Hashable
+    ) -> None:
         self.ids, self.beam_ids, self.cu_tokens = ids, beam_ids, cu_tokens
+        self._block, self._version, self._number = block, -1, ids
         self._calls, self._backward, self._again = 0, -1, 0
 
     def ids_for(self, x: Tensor) -> Tensor:
         beams = self.beam_ids
         return self.ids if beams is None or x.shape[:1] != beams.shape[:1] else beams
 
+    def number(self) -> Tensor:
+        """For these adapters, on the CPU: another one where ids has other values since."""
+        version = 0 if self.ids.is_inference() else self.ids._version
+        if version != self._version:
+            self._version = version
+            self._number = torch.tensor(hash((self._block, version)), device="cpu")
+        return self._number
+
     def count(self) -> None:
-        """A call: what activation checkpointing computes again in one backward pass cannot be more
-        than what was computed in this block, unless it is from another one. Raises RuntimeError."""
+        """A call: what reentrant checkpointing computes again in one backward pass cannot be more
+        than what was computed in this block, unless it is from another one: then RuntimeError. The
+        other kind has hooks on saved tensors, and `number` among these tells."""
         backward = torch._C._current_graph_task_id()  # -1 outside of backward
         if backward == -1:
             self._calls += 1
-            return
-        self._again = 1 if backward != self._backward else self._again + 1
-        self._backward = backward
-        if self._again > self._calls:
-            raise RuntimeError(
-                "activation checkpointing computes a forward pass again that was not made in this "
-                "use_adapters block, and would take this block's adapters: call backward inside "
-                "the block that made the forward pass, for each block's loss its own"
-            )
+        elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            self._again = 1 if backward != self._backward else self._again + 1
+            self._backward = backward
+            if self._again > self._calls:
+                raise RuntimeError(ANOTHER_BLOCK)
 
 
 class MultiLoRALinear(nn.Module):
@@ -251,6 +276,7 @@ class MultiLoRALinear(nn.Module):
         """[..., in_features] -> [..., out_features]. adapter_ids and cu_tokens as in
         `multi_lora_linear`; without adapter_ids, those of the `use_adapters` block the call is in.
         Raises RuntimeError outside one."""
+        block = None
         if adapter_ids is None:
             chosen = self._chosen
             if chosen is None:
@@ -260,16 +286,13 @@ class MultiLoRALinear(nn.Module):
                 )
             if not torch.compiler.is_compiling():
                 chosen.count()
+                block = chosen.number()
             adapter_ids, cu_tokens = chosen.ids_for(x), chosen.cu_tokens
-        return multi_lora_linear(
-            x,
-            self._matrix(),
-            self.pack(),
-            adapter_ids,
-            self.bias,
-            cu_tokens=cu_tokens,
-            dropout_p=self.lora_dropout if self.training else 0.0,
-            backend=self.backend,
+        dropout_p = self.lora_dropout if self.training else 0.0
+        pack, matrix = self.pack(), self._matrix()
+        return _run(
+            *(x, matrix, pack, adapter_ids, self.bias, cu_tokens, dropout_p, None, self.backend),
+            block,
         )
 
     def _matrix(self) -> Tensor:
@@ -282,6 +305,9 @@ class MultiLoRALinear(nn.Module):
         if self.lora_dropout > 0.0:
             text += f", lora_dropout={self.lora_dropout}"
         return text + f", backend={self.backend}"
+
+
+_BLOCKS = itertools.count()
 
 
 @contextlib.contextmanager
@@ -322,16 +348,19 @@ def use_adapters(
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
     before = [layer._chosen for layer in layers]
     if isinstance(ids, Tensor):
+        block: Hashable = next(_BLOCKS)
         many = num_beams > 1 and ids.dim() > 0
         beams = ids.repeat_interleave(num_beams, 0) if many else None
-        chosen = [_Chosen(ids, beams, cu_tokens) for _ in layers]
+        chosen = [_Chosen(ids, beams, cu_tokens, block) for _ in layers]
     else:
+        block = tuple(ids)
         repeated = [name for name in ids for _ in range(num_beams)]
         chosen = [
             _Chosen(
                 layer.pack.kept_ids(ids),
                 layer.pack.kept_ids(repeated) if num_beams > 1 else None,
                 cu_tokens,
+                block,
             )
             for layer in layers
         ]

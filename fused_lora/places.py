@@ -31,6 +31,21 @@ _HOOKS = (
 )
 
 
+# modules of transformers, and those of their linear layers whose weight they read themselves, at
+# least where their kernels are installed
+_READERS = {
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "dt_proj", "out_proj")),
+    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer"), ("out_proj",)),
+    **dict.fromkeys(("NemotronHMamba2Mixer", "Zamba2MambaMixer"), ("out_proj",)),
+    "GraniteMoeHybridMambaLayer": ("out_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    **dict.fromkeys(("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap"), ("k_proj",)),
+    "DabDetrMHAttentionMap": ("k_linear",),
+    "MaskFormerDetrMHAttentionMap": ("k_proj",),
+}
+
+
 class Place(NamedTuple):
     """Where a module hangs: `parent.name` is the module, `path` is how the model calls it."""
 
@@ -182,10 +197,12 @@ def _why_not(
     if isinstance(module, MultiLoRALinear):
         return "it has a pack of adapters already; load_adapter() adds one to it"
     for parent, name, path in where:
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+        attention = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        if attention or name in _READERS.get(type(parent).__name__, ()):
             return (
                 f"{type(parent).__name__} reads {name}.weight itself and would leave the adapter "
-                "out; name it in exclude_modules, or use an attention made of separate layers"
+                "out; name it in exclude_modules"
+                + (", or use an attention made of separate layers" if attention else "")
             )
         peft = sys.modules.get("peft.tuners.tuners_utils")
         above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]

@@ -105,7 +105,10 @@ class QuantizedLoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         if not self.adapter_enabled:
-            base = self.base_layer if self._base is None else self._base.to(x.device)
+            if self._base is None:
+                return self.base_layer(x)
+            base = self._base.to(x.device)
+            base.register_parameter("bias", self.bias)  # type: ignore[arg-type]
             return base(x)
         self._require_adapters()
         if self.merged:

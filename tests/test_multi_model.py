@@ -86,18 +86,22 @@ def test_ids_of_fake_tensors_are_not_kept_for_real_ones():
         assert type(model[0]._chosen.ids) is torch.Tensor
 
 
+@pytest.mark.parametrize("depth", (1, 2))
 @pytest.mark.parametrize("use_reentrant", (False, True))
-def test_checkpointing_takes_its_own_blocks_adapters_or_says_that_it_cannot(use_reentrant):
+def test_checkpointing_takes_its_own_blocks_adapters_or_says_that_it_cannot(use_reentrant, depth):
     names, others = ["1", None, "0"], ["0", "0", "1"]
     model = nn.Sequential(layer_of(), nn.Linear(N, K), layer_of(), nn.Linear(N, K))
     x = torch.randn(3, K, requires_grad=True)
     factors = [p for p in model.parameters() if p.requires_grad]
 
-    def forward(again):
-        y = x
-        for block in (model[:2], model[2:], model[:2]):
-            y = checkpoint(block, y, use_reentrant=use_reentrant) if again else block(y)
-        return y.square().sum()
+    def blocks(y, parts, depth):
+        for part in parts:
+            inner = (lambda y, part=part: blocks(y, [part], depth - 1)) if depth > 1 else part
+            y = checkpoint(inner, y, use_reentrant=use_reentrant) if depth else part(y)
+        return y
+
+    def forward(depth):
+        return blocks(x, (model[:2], model[2:], model[:2]), depth).square().sum()
 
     def grads(loss):
         for parameter in model.parameters():
@@ -106,19 +110,33 @@ def test_checkpointing_takes_its_own_blocks_adapters_or_says_that_it_cannot(use_
         return [p.grad.clone() for p in factors if p.grad is not None]
 
     with use_adapters(model, names):
-        expected = grads(forward(False))
+        expected = grads(forward(0))
         with use_adapters(model, others):
-            forward(True)
-        loss = forward(True)
+            forward(depth)
+        loss = forward(depth)
         for _ in range(2):
             assert all(map(torch.equal, grads(loss), expected))
+        with torch.autograd.graph.save_on_cpu():
+            assert all(map(torch.equal, grads(forward(depth)), expected))
+    ids = model[0].pack.ids(names)
+    with use_adapters(model, ids):
+        loss = forward(depth)
+        assert all(map(torch.equal, grads(loss), expected))
+        if not use_reentrant:
+            ids.copy_(model[0].pack.ids(others))
+            with pytest.raises(RuntimeError, match="in another use_adapters block"):
+                grads(loss)
     with use_adapters(model, names):
-        loss = forward(True)
+        loss = forward(depth)
     with use_adapters(model, others):
-        with pytest.raises(RuntimeError, match="not made in this use_adapters block"):
+        with pytest.raises(RuntimeError, match="in another use_adapters block"):
             grads(loss)
-        with pytest.raises(RuntimeError, match="not made in this use_adapters block"):
-            grads(loss + forward(True))
+        if depth == 1 or not use_reentrant:
+            with pytest.raises(RuntimeError, match="in another use_adapters block"):
+                grads(loss + forward(depth))
+    if not use_reentrant:  # the same adapters
+        with use_adapters(model, names):
+            assert all(map(torch.equal, grads(loss), expected))
 
 
 def test_explain_speaks_of_the_total_rank(path):
