@@ -14,6 +14,9 @@ from fused_lora.delta import lora_delta, may_write
 from fused_lora.layer import InitLoRA, LoRALayer
 
 
+_REPACKS = "support_avx512bf16_for_cpu"
+
+
 class QuantizedLoRALinear(LoRALayer):
     """`base_layer(x) + scaling * (dropout(x) A^T) B^T`, by one of two paths:
 
@@ -80,10 +83,10 @@ class QuantizedLoRALinear(LoRALayer):
             backend=backend,
         )
         self.base_layer = base_layer.requires_grad_(False)
-        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
+        if hasattr(base_layer, _REPACKS):
             # bitsandbytes would repack the weight of a CPU layer at its first call in eval mode,
             # after which it neither trains nor can be read
-            base_layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            setattr(base_layer, _REPACKS, False)
         self._set_base(None)
         self.reset_lora_parameters()
         self.train(base_layer.training)
@@ -288,6 +291,8 @@ def _quantized_as(base: nn.Module, weight: Tensor) -> nn.Module:
         new.weight = bitsandbytes.nn.Int8Params(
             weight.to("cpu"), requires_grad=False, has_fp16_weights=False
         )
+    if hasattr(base, _REPACKS):
+        setattr(new, _REPACKS, getattr(base, _REPACKS))
     new = new.to(old.device).train(base.training)
     new.register_parameter("bias", base.bias)
     return new

@@ -28,7 +28,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from fused_lora import FusedLoRALinear, load_adapter, merge_adapter, save_adapter
+from fused_lora import (
+    FusedLoRALinear,
+    add_adapter,
+    apply_lora,
+    delete_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+)
 from fused_lora.parallel import ColwiseLoRAParallel, RowwiseLoRAParallel
 
 FULL = StateDictOptions(full_state_dict=True)
@@ -144,6 +152,28 @@ def adapters_of_sharded_layers_are_not_exchanged():
     assert_close(dict(model.named_parameters()), alone)
 
 
+def packs_of_sharded_layers_are_not_changed():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8))
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "total_rank": 48}
+    apply_lora(model, adapters={"a": {}}, **options)
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    for call in (
+        lambda: save_adapter(model, "nowhere", name="a"),
+        lambda: delete_adapter(model, "a"),
+        lambda: add_adapter(model, "b", r=2, lora_alpha=2),
+    ):
+        with pytest.raises(
+            RuntimeError, match="the pack is sharded: add, replace, remove and save"
+        ):
+            call()
+    assert all(layer.pack.names == ["a"] for layer in model)
+    assert_close(dict(model.named_parameters()), before)
+
+
 def a_split_layer_merges_and_unmerges_in_shards():
     model, alone = tensor_parallel.twins()
     split(model)
@@ -201,6 +231,7 @@ TWO_RANKS = [
     fsdp_refuses_to_merge_what_it_would_undo,
     fsdp_leaves_merged_layers_merged,
     adapters_of_sharded_layers_are_not_exchanged,
+    packs_of_sharded_layers_are_not_changed,
     a_split_layer_merges_and_unmerges_in_shards,
     split_layers_start_from_the_first_ranks_adapters,
     a_meta_layer_is_split_then_filled,

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from quantized_layers import K, nf4
 from small_models import assert_untouched, described, inputs, llama, make, plain
 from torch import nn
 
@@ -200,6 +201,25 @@ def test_disabled_adapters_leave_the_base_where_a_file_had_changed_it(tmp_path):
     fused_lora.merge_adapter(model)
     with fused_lora.disable_adapters(nn.Sequential(model)):
         assert torch.equal(model(inputs()), base(inputs()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_merged_quantised_base_has_its_own_bias_while_disabled(tmp_path):
+    def base():
+        torch.manual_seed(0)
+        layer = nf4()
+        layer.support_avx512bf16_for_cpu = False
+        return nn.Sequential(layer).eval()
+
+    x, source = torch.randn(3, K), apply_lora(base(), r=2, lora_alpha=4, target_modules=["0"])
+    source[0].bias.data += 1
+    save_adapter(source, tmp_path, bias="all")
+    model = load_adapter(base(), tmp_path)
+    fused_lora.merge_adapter(model, requantise=True)
+    merged = model(x)
+    with fused_lora.disable_adapters(model):
+        assert torch.equal(model(x), base()(x))
+    assert torch.equal(model(x), merged)
 
 
 def test_two_values_for_one_parameter_are_refused(tmp_path):

@@ -139,6 +139,12 @@ def inside_peft():
     return peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["q"]))
 
 
+def mamba():
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, num_hidden_layers=1, vocab_size=31, state_size=4)
+    return transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
+
+
 REFUSED = {
     # the model, options, type, then what the message says
     "nothing fits": (plain, {"target_modules": ["qq"]}, ValueError, "fits no module of Model"),
@@ -166,12 +172,28 @@ REFUSED = {
         {"exclude_modules": ["out_proj"]},
         *(TypeError, "1.layers.0.linear1", "TransformerEncoderLayer reads linear1.weight"),
     ),
+    "beside a kernel": (
+        mamba,
+        {},
+        *(TypeError, "mixer.x_proj", "MambaMixer reads x_proj.weight itself", "exclude_modules"),
+    ),
     "twice": (make, {"target_modules": ["q"]}, TypeError, "is a LoRA layer already", "unload()"),
     "hooks": (hooked, {}, TypeError, "1 (Linear)", "has hooks"),
     "inside PEFT": (inside_peft, {}, TypeError, "part of a PEFT layer"),
     "a subclass": (lambda: nn.Sequential(Hooked(12, 12)), {}, TypeError, "0 (Hooked)"),
     "the model itself": (lambda: nn.Linear(12, 12), {}, ValueError, "fits no module of Linear"),
 }
+
+
+def test_what_is_left_of_a_state_space_layer_takes_lora():
+    model = mamba().eval()
+    unread = ["x_proj", "dt_proj", "out_proj"]
+    apply_lora(model, **OPTIONS, exclude_modules=unread)
+    assert paths(model) == ["backbone.layers.0.mixer.in_proj"]
+    tokens = torch.arange(1, 9).view(2, 4)
+    model(tokens).logits.square().sum().backward()
+    layer = model.backbone.layers[0].mixer.in_proj
+    assert layer.lora_A.grad.abs().max() > 0 and layer.lora_B.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("case", REFUSED)
