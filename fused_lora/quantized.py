@@ -13,7 +13,6 @@ from fused_lora import four_bit
 from fused_lora.delta import lora_delta, may_write
 from fused_lora.layer import InitLoRA, LoRALayer
 
-
 _REPACKS = "support_avx512bf16_for_cpu"
 
 
