@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from fused_lora.targets import is_name, match_pattern
 
+Bias = Literal["none", "all", "lora_only"]
+BIASES: tuple[Bias, ...] = ("none", "all", "lora_only")
 CONFIG_FILE = "adapter_config.json"
 LARGEST_CONFIG = 16 << 20  # bytes; a list of every layer of a large model is far below
 # fields that say nothing about what the adapter computes
@@ -38,7 +40,7 @@ class AdapterConfig:
     layers_pattern: str | list[str] | None = None
     lora_dropout: float | None = None
     use_rslora: bool = False
-    bias: str = "none"
+    bias: Bias = "none"
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -125,7 +127,7 @@ def _check(name: str, value: Any) -> None:
         "lora_dropout": ("a number in [0, 1)", _is_probability),
         "use_rslora": ("true or false", lambda v: isinstance(v, bool)),
         "fan_in_fan_out": ("true or false", lambda v: isinstance(v, bool)),
-        "bias": ("none, all or lora_only", lambda v: v in ("none", "all", "lora_only")),
+        "bias": ("none, all or lora_only", lambda v: v in BIASES),
         "target_modules": ("a string or a list of strings", _is_names),
         "exclude_modules": ("a string or a list of strings", _is_names),
         "layers_to_transform": ("an integer or a list of integers", _is_indices),

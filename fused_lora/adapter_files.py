@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_lora.adapter_config import CONFIG_FILE, LARGEST_CONFIG, AdapterConfig
-from fused_lora.targets import named_above
+from fused_lora.targets import in_whole
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -193,7 +193,7 @@ def _is_extra(key: str, config: AdapterConfig) -> bool:
     path, _, last = key.rpartition(".")
     if last == "bias" and config.bias != "none":
         return True
-    return named_above(config.modules_to_save or [], path)
+    return in_whole(config.modules_to_save or [], path)
 
 
 def _safetensors() -> Any:

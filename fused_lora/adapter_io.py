@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapter_config import CONFIG_FILE, AdapterConfig
+from fused_lora.adapter_config import CONFIG_FILE, AdapterConfig, Bias
 from fused_lora.adapter_files import (
     PREFIX,
     Adapter,
@@ -24,6 +24,7 @@ from fused_lora.adapter_files import (
 from fused_lora.atomic import write_directory
 from fused_lora.extras import (
     all_names,
+    brought,
     checked_extras,
     new_embeddings,
     require_here,
@@ -33,7 +34,6 @@ from fused_lora.extras import (
 )
 from fused_lora.layer import LoRALayer
 from fused_lora.model import (
-    Bias,
     all_or_nothing,
     bias_parameters,
     holds_peft_layers,
@@ -50,21 +50,23 @@ from fused_lora.places import (
     module_places,
     pack_layers,
 )
-from fused_lora.targets import describe_targets, describe_values, layer_index, named_above
+from fused_lora.targets import describe_targets, describe_values, in_whole, layer_indices
 
 
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
-    bias: Bias = "none",
+    bias: Bias | None = None,
     modules_to_save: Sequence[str] | None = None,
     name: str | None = None,
 ) -> None:
     """Write the adapters of `model` as PEFT does, so that PEFT loads them; needs `safetensors`.
 
     bias: "all" or "lora_only" saves the biases that `mark_only_lora_as_trainable` trained with it.
-    modules_to_save: names (ends of paths) of modules that were trained whole, a classifier say.
+    modules_to_save: names of modules that were trained whole, a classifier say; ends of paths, at a
+        dot or not, as PEFT reads them. Both are by default what the file that was loaded last has
+        brought, otherwise "none" and none ([]).
     name: PEFT keeps an adapter that is not the default one in a folder of its name. In a model with
         packs it is the adapter to save; only its factors are, biases and modules are all adapters'.
     The files are replaced both at once: a reader never finds one without the other. Raises
@@ -73,7 +75,7 @@ def save_adapter(
     """
     model = unwrapped(model)
     packs = pack_layers(model)
-    if packs and (bias != "none" or modules_to_save):
+    if packs and (bias not in (None, "none") or modules_to_save):
         raise ValueError(
             "biases and whole modules belong to all adapters of packs: save them apart"
         )
@@ -149,7 +151,7 @@ def load_adapter(
             )
     extras, embeddings = checked_extras(model, adapter), new_embeddings(model, adapter)
     config = adapter.config
-    with all_or_nothing(layers.values()), written(model, extras, embeddings):
+    with all_or_nothing(layers.values()), written(model, config, extras, embeddings):
         for path, layer in layers.items():
             layer.set_adapter(
                 *adapter.factors[path],
@@ -173,13 +175,19 @@ def _check_targets(model: nn.Module, adapter: Adapter) -> None:
         first = {where[0].path for where in module_places(model).values()}
         if given <= first and not config.layers_pattern:
             targets = find_targets(model, config.target_modules, config.exclude_modules)
-            if config.layers_to_transform not in (None, []):
-                chosen = config.layers_to_transform
-                chosen = chosen if isinstance(chosen, list) else [chosen]
-                targets = [path for path in targets if layer_index(path) in chosen]
-            whole = config.modules_to_save or []  # PEFT leaves alone what is trained whole
-            targets = [path for path in targets if path in given or not named_above(whole, path)]
-            check_same(f"target_modules of {CONFIG_FILE}", set(targets), given, remedy)
+            expected = {path for path in targets if path in given or _is_due(path, config)}
+            check_same(f"target_modules of {CONFIG_FILE}", expected, given, remedy)
+
+
+def _is_due(path: str, config: AdapterConfig) -> bool:
+    """Whether every PEFT gives this target an adapter."""
+    if in_whole(config.modules_to_save or [], path):
+        return False
+    chosen = config.layers_to_transform
+    if chosen is None or chosen == []:
+        return True
+    indices = layer_indices(path)
+    return bool(indices) and indices <= set(chosen if isinstance(chosen, list) else [chosen])
 
 
 def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> None:
@@ -198,8 +206,14 @@ def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) 
             )
 
 
-def adapter_of(model: nn.Module, bias: Bias, modules_to_save: Sequence[str] | None) -> Adapter:
+def adapter_of(
+    model: nn.Module, bias: Bias | None = None, modules_to_save: Sequence[str] | None = None
+) -> Adapter:
+    """The adapter of a model, with biases and modules as `save_adapter` says."""
     layers = require_layers(model)
+    earlier = brought(model)
+    bias = earlier.bias if bias is None else bias
+    modules_to_save = earlier.modules_to_save if modules_to_save is None else modules_to_save
     for path, layer in layers.items():
         require_values(path, layer)
         for letter in "AB":

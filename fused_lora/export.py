@@ -48,7 +48,7 @@ def export_adapter(
         raise ValueError(f"for_ must be 'vllm', 'sglang' or 'peft': got {for_!r}")
     model = model_or_directory if isinstance(model_or_directory, nn.Module) else None
     if isinstance(model_or_directory, nn.Module):
-        adapter = adapter_of(unwrapped(model_or_directory), "none", None)
+        adapter = adapter_of(unwrapped(model_or_directory))
     else:
         adapter = read_adapter(Path(model_or_directory))
     if for_ != "peft":

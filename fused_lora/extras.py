@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_lora.adapter_config import AdapterConfig, Bias
 from fused_lora.adapter_files import (
     PREFIX,
     WEIGHTS_FILE,
@@ -21,9 +22,18 @@ from fused_lora.adapter_files import (
 )
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.places import clean_path, module_places
-from fused_lora.targets import named
+from fused_lora.targets import whole
 
-_ORIGINALS = "_fused_lora_originals"
+_BROUGHT = "_fused_lora_brought"
+
+
+class Brought(NamedTuple):
+    """What the adapter file that was loaded last has brought into a model: the values that it was
+    written over, and how its configuration names it."""
+
+    originals: dict[str, Tensor]
+    bias: Bias
+    modules_to_save: list[str]
 
 
 class Held(NamedTuple):
@@ -146,14 +156,21 @@ def require_here(key: str, value: Tensor) -> None:
         )
 
 
+def brought(model: nn.Module) -> Brought:
+    return getattr(model, _BROUGHT, Brought({}, "none", []))
+
+
 @contextlib.contextmanager
 def written(
-    model: nn.Module, extras: dict[str, Tensor], embeddings: dict[str, Tensor]
+    model: nn.Module,
+    config: AdapterConfig,
+    extras: dict[str, Tensor],
+    embeddings: dict[str, Tensor],
 ) -> Iterator[None]:
     """Write `extras` over the model's own and bring back those that an earlier adapter had written;
     undone if the context fails. `embeddings` are the base's and stay."""
     held = held_tensors(model)
-    originals: dict[str, Tensor] = getattr(model, _ORIGINALS, {})
+    originals = brought(model).originals
     values = {key: value for key, value in originals.items() if key in held} | extras | embeddings
     kept = {key: held[key].tensor.detach().clone() for key in values}
     try:
@@ -164,7 +181,10 @@ def written(
         raise
     remembered = {key: originals.get(key, kept[key]) for key in extras}
     if remembered or originals:
-        setattr(model, _ORIGINALS, remembered)
+        paths = {place.path for where in module_places(model).values() for place in where}
+        names = config.modules_to_save or []  # PEFT adds those that a classifier may have
+        names = [name for name in names if any(whole([name], path) for path in paths)]
+        setattr(model, _BROUGHT, Brought(remembered, config.bias, names))
 
 
 def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
@@ -177,12 +197,12 @@ def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
 def originals_back(model: nn.Module) -> Iterator[None]:
     """Within the context the model has the values that an adapter file was written over, frozen, in
     Parameters of their own: what a graph made outside has kept stays as it is."""
-    loaded = [module for module in model.modules() if _ORIGINALS in vars(module)]
+    loaded = [module for module in model.modules() if _BROUGHT in vars(module)]
     changed: list[Held] = []
     try:
         for module in loaded:
             held = held_tensors(module)
-            for key, value in vars(module)[_ORIGINALS].items():
+            for key, value in brought(module).originals.items():
                 if key in held:
                     own = held[key]
                     value = value.to(own.tensor.device, own.tensor.dtype)
@@ -210,7 +230,7 @@ def whole_modules(model: nn.Module, name: str, lora_paths: Sequence[str]) -> dic
         return ValueError(f"modules_to_save has {name!r}, which cannot be saved: {reason}")
 
     every = module_places(model).values()
-    chosen = [where for where in every if any(named([name], place.path) for place in where)]
+    chosen = [where for where in every if any(whole([name], place.path) for place in where)]
     paths = [place.path for where in chosen for place in where]
     if not paths:
         raise refuse("the model has none")

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapter_config import AdapterConfig
+from fused_lora.adapter_config import BIASES, AdapterConfig, Bias
 from fused_lora.extras import originals_back
 from fused_lora.layer import InitLoRA, LoRALayer
 from fused_lora.packs import apply_packs
@@ -29,9 +29,6 @@ from fused_lora.places import (
     some,
 )
 from fused_lora.quantized import QuantizedLoRALinear
-
-Bias = Literal["none", "all", "lora_only"]
-BIASES = ("none", "all", "lora_only")
 
 
 class TrainableParameters(NamedTuple):

@@ -53,17 +53,22 @@ def named(names: str | Sequence[str], path: str) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
-def named_above(names: Sequence[str], path: str) -> bool:
-    """Whether a list of ends of paths names `path` or what it is in."""
+def whole(names: Sequence[str], path: str) -> bool:
+    """PEFT's rule for modules_to_save: a list of ends of paths, at a dot or not."""
+    return any(path.endswith(name) for name in names)
+
+
+def in_whole(names: Sequence[str], path: str) -> bool:
+    """Whether `path` is, or is inside of, a module that modules_to_save names."""
     above = path.split(".")
-    return any(named(names, ".".join(above[:n])) for n in range(1, len(above) + 1))
+    return any(whole(names, ".".join(above[:n])) for n in range(1, len(above) + 1))
 
 
-def layer_index(path: str) -> int | None:
-    """The number of the layer that `path` is in, None if it is in none: PEFT's rule for
-    layers_to_transform."""
-    found = re.match(r".*\.[^.]*\.(\d+)\.", path)
-    return None if found is None else int(found[1])
+def layer_indices(path: str) -> set[int]:
+    """The numbers of the layer that `path` is in, for layers_to_transform, none if it is in none:
+    PEFT takes the first in the path, older ones took the last, an expert's say."""
+    found = (re.match(rf"{start}\.[^.]*\.(\d+)\.", path) for start in (".*?", ".*"))
+    return {int(match[1]) for match in found if match is not None}
 
 
 def describe_targets(targets: Sequence[str], paths: Iterable[str]) -> str | list[str]:

@@ -68,6 +68,25 @@ def test_what_peft_saves_is_loaded(case, tmp_path):
     assert paths(ours) == sorted(name.removeprefix("base_model.model.") for name in layers)
 
 
+@pytest.mark.parametrize("layers", [[0], [1]])
+def test_layers_to_transform_of_nested_blocks_are_loaded(layers, tmp_path):
+    """Where a path has several numbers, versions of PEFT differ in which is the layer's."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=31)
+
+    def base():
+        torch.manual_seed(0)
+        config = transformers.T5Config(decoder_start_token_id=0, **sizes)
+        return transformers.T5ForConditionalGeneration(config).eval()
+
+    model = theirs(base, target_modules=["q", "wo", "lm_head"], layers_to_transform=layers)
+    model.save_pretrained(tmp_path)
+    tokens = torch.arange(1, 9).view(2, 4)
+    given = {"input_ids": tokens, "decoder_input_ids": tokens}
+    ours = load_adapter(base(), tmp_path)
+    torch.testing.assert_close(ours(**given).logits, model(**given).logits)
+
+
 @pytest.mark.parametrize("init", ["eva", "orthogonal", "mica"])
 def test_an_initialisation_that_left_the_base_alone_is_loaded(init, tmp_path):
     model = theirs()
