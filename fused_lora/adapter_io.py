@@ -4,8 +4,9 @@ refused leaves the model exactly as it was."""
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from fused_lora.places import (
     lora_layers,
     module_places,
     pack_layers,
+    some,
 )
 from fused_lora.targets import describe_targets, describe_values, in_whole, layer_indices
 
@@ -83,6 +85,7 @@ def save_adapter(
         adapter = _adapter_of_packs(model, packs, name or "default")
     else:
         adapter = adapter_of(model, bias, modules_to_save)
+        _warn_of_shared(model, adapter.factors)
     write_directory(adapter_folder(directory, name), adapter.files())
 
 
@@ -161,7 +164,22 @@ def load_adapter(
             )
     if replacement is not None:
         replacement.commit()
+    _warn_of_shared(model, layers)
     return given
+
+
+def _warn_of_shared(model: nn.Module, paths: Collection[str]) -> None:
+    several = [
+        where[0].path
+        for where in module_places(model).values()
+        if len(where) > 1 and any(place.path in paths for place in where)
+    ]
+    if several:
+        warnings.warn(
+            f"{some(several)} is used under several names: here an adapter stands in all of its "
+            "places, in PEFT in the first alone, so that one file means two things",
+            stacklevel=3,
+        )
 
 
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:

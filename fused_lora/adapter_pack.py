@@ -313,12 +313,12 @@ class AdapterPack(nn.Module):
     # --- state: what moves, what is saved, what loads
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdapterPack:
-        was_meta = self.owner.is_meta
+        was_meta, was = self.owner.is_meta, self.scaling.dtype
         super()._apply(fn, recurse)
         if (is_to_empty(fn) or was_meta) and not self.owner.is_meta:  # nothing is there but room
             self._reset()
         exact = torch.promote_types(self.lora_A.dtype, torch.float32)
-        if self.scaling.dtype != exact:  # .half() and the like: a scaling stays exact
+        if {was, self.scaling.dtype} != {exact}:  # .half(), .double(): a scaling stays exact
             self.scaling = self.scaling.to(exact)
             for entry in self._entries.values():
                 self.scaling[entry.columns[: entry.r]] = entry.scaling

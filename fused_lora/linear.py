@@ -199,7 +199,9 @@ class FusedLoRALinear(LoRALayer):
 
         W0's storage is never written to: tied weights and the layer it came from stay as they are.
         keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU, False lets it go.
-        Raises RuntimeError if already merged or if the adapters are not initialised, ValueError for
+        A state_dict says that the layer is merged; torch.distributed.checkpoint.state_dict has no
+        place for that and refuses the layer (no attribute 'lora_merged'): unmerge first. Raises
+        RuntimeError if already merged or if the adapters are not initialised, ValueError for
         requantise=True, which is for quantised bases.
         """
         if requantise:
@@ -310,24 +312,10 @@ class FusedLoRALinear(LoRALayer):
 
     # --- state: what moves, what is saved, what loads
 
-    @property
-    def lora_merged(self) -> Tensor:
-        """True, as the state_dict of a merged layer says."""
-        if not self._merged:
-            raise AttributeError("lora_merged is in the state_dict of a merged layer alone")
-        return torch.tensor(True, device="cpu")
-
-    @property
-    def lora_base_weight(self) -> Tensor:
-        """W0 of a merged layer that kept it, as in its state_dict."""
-        if not self._merged or self._base is None:
-            raise AttributeError("lora_base_weight is in the state_dict of a merged layer alone")
-        return self._base
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._merged:
-            destination[prefix + "lora_merged"] = self.lora_merged
+            destination[prefix + "lora_merged"] = torch.tensor(True, device="cpu")
             if self._base is not None:
                 base = self._base
                 destination[prefix + "lora_base_weight"] = base if keep_vars else base.detach()

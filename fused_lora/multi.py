@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -299,6 +300,10 @@ class MultiLoRALinear(nn.Module):
         """The weight as [out, in]."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: the adapters of a block are not of the layer."""
+        return self.__dict__ | {"_chosen": None}
+
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}"
         text += f", bias={self.bias is not None}"
@@ -328,7 +333,8 @@ def use_adapters(
     Args:
         ids, cu_tokens: as `adapter_ids` and `cu_tokens` of `multi_lora_linear`, for packs that were
             filled alike, as `apply_lora` and `load_adapter` fill them; or one name per sequence
-            (None: base only), looked up in the pack of each layer.
+            (None: base only), looked up in the pack of each layer. Names go to x's first dimension:
+            for models whose layers see the time first (XLNet), give one id per token.
         num_beams: how many rows `generate` makes of a sequence, by num_beams or by
             num_return_sequences. Layers that are called with as many rows as there are ids, the
             encoder's, and those that are called with num_beams times as many both take them.

@@ -64,6 +64,16 @@ def test_peft_loads_what_was_saved_with_identical_logits(case, tmp_path):
         assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
 
 
+def test_a_layer_under_two_names_is_warned_of(tmp_path):
+    """PEFT adapts the first of its places alone."""
+    model = make(target_modules=["shared", "q"])
+    with pytest.warns(UserWarning, match="shared is used under several names"):
+        save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="shared is used under several names"):
+        other = load_adapter(plain(), tmp_path)
+    assert torch.equal(other(inputs()), model(inputs()))
+
+
 def test_a_named_adapter_is_kept_as_peft_keeps_it(tmp_path):
     peft = pytest.importorskip("peft")
     save_adapter(trained(), tmp_path, name="task")

@@ -1,6 +1,9 @@
 """`MultiLoRALinear` in models: training several adapters at once, mixed batches through unchanged
 model code, the compiler."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from multi_cases import fused, make_batch, make_ids, make_pack
@@ -137,6 +140,16 @@ def test_checkpointing_takes_its_own_blocks_adapters_or_says_that_it_cannot(use_
     if not use_reentrant:  # the same adapters
         with use_adapters(model, names):
             assert all(map(torch.equal, grads(loss), expected))
+
+
+def test_a_copy_that_is_made_inside_of_a_block_is_outside_of_it():
+    layer, x = layer_of(), torch.randn(3, K)
+    with use_adapters(layer, ["0"] * 3):
+        copies = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+        layer(x)
+    for each in copies:
+        with pytest.raises(RuntimeError, match="no adapter ids"):
+            each(x)
 
 
 def test_explain_speaks_of_the_total_rank(path):

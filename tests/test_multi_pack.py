@@ -306,6 +306,8 @@ def test_scalings_stay_exact_when_the_pack_is_cast():
     exact = pack.scaling.clone()
     pack.to(BF16)
     assert pack.lora_A.dtype == BF16 and torch.equal(pack.scaling, exact)
+    pack.double()
+    assert pack.scaling[:3].tolist() == [1 / 3] * 3 and not pack.scaling[3:].any()
 
 
 def test_a_distributed_checkpoint_brings_other_adapters(tmp_path):
