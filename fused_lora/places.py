@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,16 @@ def checked_targets(
             "'all-linear'"
         )
     targets = find_targets(model, config.target_modules, config.exclude_modules)
+    if not isinstance(config.target_modules, str):
+        places = module_places(model).values()
+        paths = [place.path for where in places for place in where]
+        idle = [n for n in config.target_modules if not any(named([n], path) for path in paths)]
+        if idle:
+            warnings.warn(
+                f"target_modules has {some(idle)}, which no module of {type(model).__name__} is "
+                "called (the experts of a mixture are often one tensor)",
+                stacklevel=4,
+            )
     for kind in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, kind)
         used = {match_pattern(patterns, path) for path in targets}

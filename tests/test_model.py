@@ -139,6 +139,12 @@ def inside_peft():
     return peft.get_peft_model(plain(), peft.LoraConfig(target_modules=["q"]))
 
 
+def test_names_that_fit_nothing_are_warned_of():
+    with pytest.warns(UserWarning, match="target_modules has w1, w2, which no module of Model is"):
+        model = apply_lora(plain(), **OPTIONS, target_modules=["w1", "q", "w2"])
+    assert paths(model) == ["layers.0.q", "layers.1.q"]
+
+
 def mamba():
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=16, num_hidden_layers=1, vocab_size=31, state_size=4)
