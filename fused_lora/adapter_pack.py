@@ -429,12 +429,13 @@ def _tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """owner, scaling, window. A function of host values alone, nobody writes to what it returns:
     kept, so that a layer's call copies nothing to the device."""
+    total = sum(_blocks_of(r) * RANK_PADDING for r in ranks)
     owner: list[int] = []
     factors: list[float] = []
     window: list[tuple[int, int]] = []
     for i, (r, scaling) in enumerate(zip(ranks, scalings, strict=True)):
         pad = _blocks_of(r) * RANK_PADDING - r
-        window.append((len(owner), len(owner) + r + pad))
+        window.append((len(owner), len(owner) + r + pad) if r else (total, 0))
         owner += [i] * r + [NOBODY] * pad
         factors += [scaling] * r + [0.0] * pad
     with torch.inference_mode(False):  # they may be saved for backward later

@@ -7,6 +7,7 @@ with the same dropout mask for the same seed; one library product then reads and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def lora_delta(
     if not torch.compiler.is_compiling():
         require_seen_through(recorded=True)
     options = checked_options(base_output, scaling, dropout_p, seed, backend)
-    rows = x.to(base_output.dtype).reshape(-1, lora_A.shape[1])  # [M, K]
+    rows = x.to(base_output.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [M, K]
     if torch.compiler.is_exporting():  # which calls whatever a Function does a constant
         return delta(base_output, rows, lora_A, lora_B, *options, False)[0]
     return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place, False)
@@ -123,7 +124,7 @@ class _LoRADelta(torch.autograd.Function):
             computed = iter(
                 ops.call(
                     delta_backward,
-                    dy.reshape(-1, dy.shape[-1]),
+                    dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1]),
                     x,
                     lora_A,
                     lora_B,
@@ -171,7 +172,7 @@ def _delta_(
     for_backward: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds to `out` [..., N]; returns (S [M, padded r], packed mask), empty unless needed."""
-    rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+    rows = out if out.dim() == 2 else out.view(math.prod(out.shape[:-1]), out.shape[-1])
     N, r = lora_B.shape
     backend_module = ops.backend_of(backend, x, N, r, lora_B)
     with ops.as_given(x):

@@ -155,7 +155,10 @@ def call(operator: OpOverload, *arguments: Any) -> Any:
 
 def _watched(arguments: tuple[Any, ...]) -> bool:
     """Whether there is a compiler, mode, transform, trace, profiler, tensor subclass or meta device
-    that must see the operator."""
+    that must see the operator, or a lazy sign, which the dispatcher resolves."""
+    first, second, third, fourth = arguments[
+        :4
+    ]  # tensors of every operator; the second may be None
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -163,8 +166,12 @@ def _watched(arguments: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or torch.autograd._profiler_enabled()
         or not _UNWATCHED.issuperset(map(type, arguments))
-        or arguments[0].is_meta
-        or torch._C._functorch.is_legacy_batchedtensor(arguments[0])
+        or first.is_meta
+        or first.is_neg()
+        or (second is not None and second.is_neg())
+        or third.is_neg()
+        or fourth.is_neg()
+        or torch._C._functorch.is_legacy_batchedtensor(first)
     )
 
 

@@ -16,6 +16,8 @@ from fused_lora.kernels.config import cdiv
 from fused_lora.kernels.launch import launch
 from fused_lora.kernels.sums import add_product
 
+FP16_MAX = tl.constexpr(65504.0)
+
 
 @triton.jit(do_not_specialize=["M", "steps_per_split"])
 def decode_kernel(
@@ -129,7 +131,11 @@ def decode_kernel(
         own = adapters.owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r)
         side = tl.where(own if TOKENS_LEFT else tl.trans(own), side, 0.0)
     side *= scale
-    s = side.to(x_ptr.dtype.element_ty)
+    s = side
+    if SPLITS > 1 and x_ptr.dtype.element_ty == tl.float16:
+        # a partial S may be beyond fp16 where the whole one is not: what is cut off goes in below
+        s = tl.where(side > FP16_MAX, FP16_MAX, tl.where(side < -FP16_MAX, -FP16_MAX, side))
+    s = s.to(x_ptr.dtype.element_ty)
     if SPLITS > 1 and s.dtype != tl.float32:
         # what rounding S takes off: partial S may cancel in the sum over the splits, and then their
         # rounding is large beside that of the whole S

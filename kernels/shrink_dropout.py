@@ -33,7 +33,7 @@ def pack_rows(source_ptr, packed_ptr, packed_columns, source):
         row = offs // packed_columns
         column = offs % packed_columns
         value = gl.load(
-            source_ptr + row.to(gl.int64) * stride_row + column * stride_column,
+            source_ptr + row.to(gl.int64) * stride_row + column.to(gl.int64) * stride_column,
             mask=(row < rows) & (column < columns),
             other=0.0,
         )
@@ -205,7 +205,7 @@ def store_states(acc, s_ptr, scale, adapters, token, rank, sizes):
         ids = gl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
         owner = gl.load(owner_ptr + offs_r, mask=offs_r < r, other=-2)
         factor = scale * gl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[:, None]
-        acc = gl.where(ids[None, :] == owner[:, None], acc, 0.0)
+        acc = gl.where((ids[None, :] == owner[:, None]) & (owner[:, None] >= 0), acc, 0.0)
     gl.store(
         s_ptr + offs_m.to(gl.int64)[None, :] * stride_sm + offs_r[:, None],
         (acc * factor).to(s_ptr.dtype.element_ty),

@@ -194,6 +194,17 @@ def test_scaling_may_be_a_tensor_that_is_never_read_on_the_host(device):
     torch.testing.assert_close(lora_delta(*wide, scaling=scaling), exact, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("K", "N"), [(0, 16), (24, 0), (0, 0)])
+def test_layers_without_inputs_or_outputs_work(K, N, backend, device):
+    shapes = ((2, 3, N), (2, 3, K), (4, K), (N, 4))
+    tensors = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    y = lora_delta(*tensors, backend=backend)
+    assert torch.equal(y, tensors[0])
+    for tensor, grad in zip(tensors[1:], torch.autograd.grad(y.sum(), tensors)[1:], strict=True):
+        assert grad.shape == tensor.shape and not grad.any()
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_empty_batches_and_expanded_gradients_work(rows, device):
     case = testing.make_case(1, 48, 64, 8, torch.float32, device=device)

@@ -9,6 +9,8 @@ from multi_cases import fused, make_batch, make_ids, make_pack
 from shapes import BF16, FP32
 
 from fused_lora import AdapterPack, lora_linear, multi_lora_linear, ops
+from fused_lora.adapter_pack import pack_for_call
+from fused_lora.kernels import config
 
 N, K = 24, 40
 
@@ -177,6 +179,44 @@ def test_ids_that_no_adapter_has_raise(backend, device, monkeypatch):
         ids[3] = wrong
         with pytest.raises(ValueError, match=rf"holds {wrong}, expected -1 .*one of \[1\]"):
             multi_lora_linear(*call, ids, backend=backend)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("path", ("aten", "decode", "single", "portable", "pdl"))
+def test_unchecked_ids_below_minus_one_have_no_columns(path, device, monkeypatch):
+    """Not those that nobody owns, either, whatever a token or these columns hold."""
+    monkeypatch.setattr(ops, "looks_at", lambda ids: False)  # as on a GPU
+    if path != "aten":
+        monkeypatch.setattr(config, "FORCED", path)
+    batch = make_batch(9, N, K, (3, 5), FP32, make_ids("uniform", "shuffled", 9, 2), device)
+    pack = make_pack(batch, spare=16)
+    with torch.no_grad():
+        pack.lora_A[pack.owner < 0] = 3e38
+    if path != "aten":  # where zero times infinity reaches all of dA
+        batch.x[3, 0] = torch.inf
+    results = []
+    for wrong in (-1, -2, -(2**31)):
+        ids = batch.ids.clone()
+        ids[3] = wrong
+        leaves = [batch.x.detach().requires_grad_(), pack.lora_A, pack.lora_B]
+        backend = "aten" if path == "aten" else "triton"
+        y = multi_lora_linear(leaves[0], batch.weight, pack, ids, backend=backend)
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, batch.dy)))
+        assert not results[-1][2][pack.owner < 0].any()
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_a_pack_for_a_call_may_begin_with_an_adapter_of_rank_0():
+    x, weight = inputs(3)
+    pair = factors(5)
+    nothing = (pair[0][:0], pair[1][:, :0], 1.0)
+    pack = pack_for_call([nothing, (*pair, 0.5)])
+    y = multi_lora_linear(x, weight, pack, torch.tensor([0, 1, -1]))
+    base = x @ weight.t()
+    torch.testing.assert_close(y[0::2], base[0::2])
+    torch.testing.assert_close(y[1], base[1] + 0.5 * x[1] @ pair[0].t() @ pair[1].t())
 
 
 def test_ids_of_a_wrong_shape_or_dtype_are_refused():

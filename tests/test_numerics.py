@@ -287,3 +287,43 @@ def test_the_same_bits_at_every_run(path, dtype, force, device):
     first, second = results(TRITON, case), results(TRITON, case)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert set(taken) == {path}
+
+
+@kernels
+@pytest.mark.parametrize("path", ("decode", "single"))
+def test_partial_sums_beyond_fp16_cancel(path, force, device):
+    """S = 160 / 32 is small, half of its sum over K is not: 32 * 24 * 128."""
+    force(path)
+    K, N, r = 256, 16, 5
+    x, lora_A = torch.full((4, K), 32.0), torch.full((r, K), 24.0)
+    lora_A[:, K // 2 :] *= -1
+    lora_A[:, 0] += 1
+    weight, lora_B = torch.zeros(N, K), torch.ones(N, r)
+    half = [t.to(device, FP16) for t in (x, weight, lora_A, lora_B)]
+    y = lora_linear(*half, backend="triton")
+    assert torch.equal(y.float().cpu(), torch.full((4, N), 160.0))
+    # and dX, whose dS is summed over the outputs: the same layer, transposed
+    half = [t.to(device, FP16) for t in (x.zero_()[:, :N], weight.t(), lora_B.t(), lora_A.t())]
+    dx_of = half[0].clone().requires_grad_()
+    y = lora_linear(dx_of, *half[1:], backend="triton")
+    (dx,) = torch.autograd.grad(y, dx_of, torch.full_like(y, 32.0))
+    assert torch.equal(dx.float().cpu(), torch.full((4, N), 160.0))
+    # what overflows as a whole is infinite, not NaN
+    half = [t.to(device, FP16) for t in (torch.full((4, K), 64.0), weight, lora_A.abs(), lora_B)]
+    assert lora_linear(*half, backend="triton").isposinf().all()
+
+
+@kernels
+@pytest.mark.parametrize("which", range(4))
+def test_a_lazy_sign_is_not_lost(which, device):
+    case = make_case(9, 24, 40, 4, FP32, device=device)
+    tensors = [case.x, case.weight, case.lora_A, case.lora_B]
+    expected = lora_linear(*tensors, backend="triton")
+    tensors[which] = torch._neg_view(-tensors[which])
+    assert tensors[which].is_neg()
+    assert torch.equal(lora_linear(*tensors, backend="triton"), expected)
+    leaves = [t.clone().requires_grad_() for t in (case.x, case.lora_A, case.lora_B)]
+    y = lora_linear(leaves[0], case.weight, *leaves[1:], backend="triton")
+    plain = torch.autograd.grad(y, leaves, case.dy, retain_graph=True)
+    lazy = torch.autograd.grad(y, leaves, torch._neg_view(-case.dy))
+    assert all(map(torch.equal, plain, lazy))
