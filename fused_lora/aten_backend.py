@@ -139,5 +139,5 @@ def _scaled_product(a: Tensor, b: Tensor, scale: Scale, keep_scale: float) -> Te
 def _select(S: Tensor, adapters: Adapters) -> None:
     """S [M, r] times the scaling of each column, zero where the column is not the token's."""
     S.mul_(adapters.scaling)
-    nobodys = (adapters.ids.unsqueeze(1) != adapters.owner) | (adapters.owner < 0)
-    S.masked_fill_(nobodys, 0.0)
+    ids = adapters.ids.clamp(min=-1)  # no id below is NOBODY
+    S.masked_fill_(ids.unsqueeze(1) != adapters.owner, 0.0)

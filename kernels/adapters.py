@@ -22,9 +22,9 @@ WINDOW_RANK = 512  # above this total rank the matmul looks up which columns a r
 @triton.jit
 def owned(ids_ptr, owner_ptr, offs_m, offs_r, M, r):
     """bool [M, r]: whether column j belongs to the adapter of token m; to no id below 0."""
-    ids = tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
+    ids = tl.maximum(tl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1), -1)
     owner = tl.load(owner_ptr + offs_r, mask=offs_r < r, other=-2)
-    return (ids[:, None] == owner[None, :]) & (owner[None, :] >= 0)
+    return ids[:, None] == owner[None, :]
 
 
 @triton.jit

@@ -202,10 +202,10 @@ def store_states(acc, s_ptr, scale, adapters, token, rank, sizes):
     offs_r = rank + gl.arange(0, acc.shape[0], gl.SliceLayout(1, layout))
     factor = scale
     if ids_ptr is not None:
-        ids = gl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1)
+        ids = gl.maximum(gl.load(ids_ptr + offs_m, mask=offs_m < M, other=-1), -1)
         owner = gl.load(owner_ptr + offs_r, mask=offs_r < r, other=-2)
         factor = scale * gl.load(column_scaling_ptr + offs_r, mask=offs_r < r, other=0.0)[:, None]
-        acc = gl.where((ids[None, :] == owner[:, None]) & (owner[:, None] >= 0), acc, 0.0)
+        acc = gl.where(ids[None, :] == owner[:, None], acc, 0.0)
     gl.store(
         s_ptr + offs_m.to(gl.int64)[None, :] * stride_sm + offs_r[:, None],
         (acc * factor).to(s_ptr.dtype.element_ty),

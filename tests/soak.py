@@ -89,11 +89,13 @@ def train(
 def live_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    # (fake tensors, which a compiler may have left behind, hold nothing)
+    # (fake tensors and a transform's, which a compiler may have left behind, hold nothing)
     tensors = [
         thing
         for thing in gc.get_objects()
-        if issubclass(type(thing), Tensor) and not issubclass(type(thing), FakeTensor)
+        if issubclass(type(thing), Tensor)
+        and not issubclass(type(thing), FakeTensor)
+        and not torch._C._functorch.is_functorch_wrapped_tensor(thing)
     ]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
