@@ -75,6 +75,8 @@ def save_adapter(
     ValueError for non-finite or uninitialised adapters, unknown modules or no LoRA layer, KeyError
     for an adapter that the packs do not hold.
     """
+    if isinstance(modules_to_save, str):
+        raise TypeError(f"modules_to_save is the string {modules_to_save!r}, expected a list")
     model = unwrapped(model)
     packs = pack_layers(model)
     if packs and (bias not in (None, "none") or modules_to_save):

@@ -220,6 +220,8 @@ class AdapterPack(nn.Module):
     def prepare(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Packed:
         """Check an adapter and find its place, that of the adapter of this name if there is one,
         writing nothing. Raises as `add`."""
+        if not isinstance(name, str):
+            raise ValueError(f"an adapter's name must be a string: got {name!r}")
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(
                 f"adapter {name!r} must be lora_A [r, in] and lora_B [out, r]: got "

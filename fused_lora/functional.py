@@ -218,8 +218,8 @@ def checked_options(
     a seed where there is dropout (drawn unless given), backend. A refused call draws no seed."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p}")
+    if not isinstance(dropout_p, (float, int)) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p!r}")
     factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:

@@ -54,6 +54,7 @@ class LoRALayer(nn.Module):
             r=r,
             lora_alpha=lora_alpha,
             lora_dropout=lora_dropout,
+            use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
             adapter_dtype=adapter_dtype,
             backend=backend,
@@ -231,7 +232,9 @@ class LoRALayer(nn.Module):
                 getattr(self, name).copy_(value)
 
     def delta_weight(self) -> Tensor:
-        """scaling * B A, [out_features, in_features], in fp32 (fp64 for fp64 adapters)."""
+        """scaling * B A, [out_features, in_features], in fp32 (fp64 for fp64 adapters). Raises
+        RuntimeError if the adapters are not initialised."""
+        self._require_adapters()
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.no_grad():
             return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
@@ -327,6 +330,7 @@ def check_adapter_options(
     r: int,
     lora_alpha: float = 1.0,
     lora_dropout: float = 0.0,
+    use_rslora: bool = False,
     init_lora_weights: InitLoRA = True,
     adapter_dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -338,6 +342,8 @@ def check_adapter_options(
         raise ValueError(f"lora_alpha must be a finite number: got {lora_alpha!r}")
     if not isinstance(lora_dropout, numbers.Real) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout!r}")
+    if not isinstance(use_rslora, bool):
+        raise TypeError(f"use_rslora must be True or False: got {use_rslora!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
     if not (isinstance(init_lora_weights, bool) or init_lora_weights in ("kaiming", "gaussian")):

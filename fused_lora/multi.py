@@ -255,7 +255,6 @@ class MultiLoRALinear(nn.Module):
         check_adapter_options(
             r=1, lora_dropout=lora_dropout, adapter_dtype=adapter_dtype, backend=backend
         )
-        base.requires_grad_(False)
         self.fan_in_fan_out = is_conv1d(base)
         self.weight = base.weight
         self.out_features, self.in_features = self._matrix().shape
@@ -269,6 +268,7 @@ class MultiLoRALinear(nn.Module):
             device=base.weight.device,
             dtype=adapter_dtype or base.weight.dtype,
         )
+        base.requires_grad_(False)
         self._chosen: _Chosen | None = None
 
     def forward(
@@ -359,7 +359,7 @@ def use_adapters(
         beams = ids.repeat_interleave(num_beams, 0) if many else None
         chosen = [_Chosen(ids, beams, cu_tokens, block) for _ in layers]
     else:
-        block = tuple(ids)
+        block = ids = tuple(ids)
         repeated = [name for name in ids for _ in range(num_beams)]
         chosen = [
             _Chosen(

@@ -136,7 +136,12 @@ def checked_targets(
                 f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
             )
     for path in targets:
-        check_adapter_options(r=config.rank(path), lora_alpha=config.alpha(path), **common)
+        check_adapter_options(
+            r=config.rank(path),
+            lora_alpha=config.alpha(path),
+            use_rslora=config.use_rslora,
+            **common,
+        )
     return targets
 
 
