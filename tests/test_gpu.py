@@ -1,6 +1,7 @@
 """Promises that only a GPU can keep or break: ordering, graphs, streams, devices, repetition."""
 
 import functools
+import time
 
 import pytest
 import torch
@@ -31,14 +32,33 @@ def bf16(*shape):
 
 
 @triton.jit
-def _late_copy(source_ptr, target_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.constexpr):
-    """What a very slow shrink does: lets its dependent start, waits, then writes."""
+def _late_copy(source_ptr, target_ptr, gate_ptr, n, NANOSECONDS: tl.constexpr, BLOCK: tl.constexpr):
+    """What a very slow shrink does: lets its dependent start, waits until the gate is opened (but
+    not for ever), then writes."""
     tl.extra.cuda.gdc_launch_dependents()
     start = tl.extra.cuda.globaltimer()
-    while tl.extra.cuda.globaltimer() - start < NANOSECONDS:
-        pass
+    while tl.load(gate_ptr, volatile=True) == 0:
+        if tl.extra.cuda.globaltimer() - start > NANOSECONDS:
+            tl.store(gate_ptr, -1)
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < n), mask=offs < n)
+
+
+def _behind_a_late_copy(source, target, launches):
+    """Run the launches behind a copy that waits until all are made, and a while longer, in which
+    even a GPU that many processes share runs what does not wait for the copy."""
+    gate = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    torch.cuda.synchronize()
+    launches()  # loads the kernels, which may make the host wait; the target's NaNs spread
+    torch.cuda.synchronize()
+    _late_copy[(cdiv(source.numel(), 1024),)](
+        source, target, gate, source.numel(), 5_000_000_000, 1024
+    )
+    launches()
+    time.sleep(0.1)
+    assert gate.item() == 0, "the launches waited for the copy on the host"
+    gate.fill_(1)
+    torch.cuda.synchronize()
 
 
 def _matmul(name):
@@ -58,16 +78,15 @@ def _behind_a_slow_shrink(name, pdl):
     module, launcher, tiles = _matmul(name)
     x, weight, B, S = bf16(M, K), bf16(N, K), bf16(N, R), bf16(M, R)
     late, y = torch.full_like(S, float("nan")), torch.empty(M, N, device="cuda", dtype=x.dtype)
-    torch.cuda.synchronize()
-    _late_copy[(cdiv(S.numel(), 1024),)](S, late, S.numel(), 2_000_000, 1024)
-    getattr(module, launcher)(x, weight.t(), y, tiles, 132, b=B.t(), S=late, pdl=pdl)
-    torch.cuda.synchronize()
+    matmul = functools.partial(
+        *(getattr(module, launcher), x, weight.t(), y, tiles, 132), b=B.t(), S=late, pdl=pdl
+    )
+    _behind_a_late_copy(S, late, matmul)
     return y.double(), x.double() @ weight.double().t() + S.double() @ B.double().t()
 
 
 @pytest.mark.parametrize("name", MATMULS)
 def test_the_matmul_waits_for_a_delayed_shrink(name):
-    _behind_a_slow_shrink(name, pdl=True)  # compiles: then nothing stands between the launches
     for _ in range(5):
         y, exact = _behind_a_slow_shrink(name, pdl=True)
         assert (y - exact).norm() <= 2**-7 * exact.norm()
@@ -78,7 +97,6 @@ def test_without_the_wait_the_delayed_shrink_is_noticed(name, monkeypatch):
     """The control: launched early but never waiting, it must read the NaNs."""
     early = functools.partial(launch, pdl=True)
     monkeypatch.setattr(_matmul(name)[0], "launch", lambda *arguments, pdl: early(*arguments))
-    _behind_a_slow_shrink(name, pdl=False)
     y, _ = _behind_a_slow_shrink(name, pdl=False)
     assert y.isnan().any()
 
@@ -93,18 +111,20 @@ def test_rank_grad_behind_dx_sees_a_delayed_ds_and_ends_after_dx(name):
     S, dS = bf16(tokens, R), bf16(tokens, R)
     exact_dA, exact_dB = dS.double().t() @ x.double(), dy.double().t() @ S.double()
     exact_dx = dy.double() @ weight.double() + dS.double() @ A.double()
-    for _ in range(20):
-        late, dx = torch.full_like(dS, float("nan")), torch.full_like(x, float("nan"))
-        dA, dB = torch.empty_like(A), torch.empty_like(A.t())
-        torch.cuda.synchronize()
-        _late_copy[(cdiv(dS.numel(), 1024),)](dS, late, dS.numel(), 2_000_000, 1024)
+    late, dx, copy = torch.empty_like(dS), torch.empty_like(x), torch.empty_like(x)
+    dA, dB = torch.empty_like(A), torch.empty_like(A.t())
+
+    def launches():
         getattr(module, launcher)(dy, weight, dx, tiles, 132, b=A, S=late, pdl=True)
         rank_grad.rank_grad(
             *(TILES["rank_grad"][0], 1, tokens, R),
             **{"x": x, "dS": late, "dA": dA, "dY": dy, "S": S, "dB": dB, "behind": True},
         )
-        copy = dx.clone()
-        torch.cuda.synchronize()
+        copy.copy_(dx)
+
+    for _ in range(20):
+        late.fill_(float("nan"))
+        _behind_a_late_copy(dS, late, launches)
         for got, exact in ((dA, exact_dA), (dB, exact_dB), (copy, exact_dx)):
             assert (got.double() - exact).norm() <= 2**-7 * exact.norm()
 

@@ -34,8 +34,10 @@ from fused_lora.testing import make_case, violations_of
 
 TRITON = partial(lora_linear, backend="triton")
 RAGGED = ((33, 50, 70, 3), (100, 70, 50, 16), (7, 500, 50, 33))  # M, K, N, r
+UNALIGNED = RAGGED[::2]  # ranks at which S has columns behind r, and lora_B is packed
 SPLIT = ((130, 50, 70, 3), (200, 70, 50, 16))  # enough tokens for rank_grad to split them
 SPLIT_K = ((7, 500, 500, 3), (33, 500, 450, 16))  # enough columns for every split of decode
+WIDE = ((300, 50, 2049, 3),)  # enough columns for tiles that leave in parts
 
 
 @dataclass(frozen=True)
@@ -88,12 +90,7 @@ SHRINK_AND_PORTABLE = (
 RANK_GRAD = (
     Bug("dA zero", grad, "tile - tiles_B,\n                rows_per_split", "tile, 0"),
     Bug("dB zero", grad, " tile,\n                rows_per_split", " tile, 0"),
-    Bug(
-        "dB's last row zero",
-        grad,
-        "tl.store(out, acc.to",
-        "tl.store(out, (acc * (offs_c < C - 1)[:, None]).to",
-    ),
+    Bug("P's last column dropped", grad, "inside_c[None, :]", "(offs_c < C - 1)[None, :]"),
     Bug(
         "last token dropped",
         grad,
@@ -172,25 +169,25 @@ OTHER_PATHS = (
         "(n < N) & (m < M - 1)",
         "decode",
     ),
-    Bug("S not padded", shrink, "(offs_r < columns)", "(offs_r < r)", "pdl", RAGGED[::2]),
+    Bug("S not padded", shrink, "(offs_r < columns)", "(offs_r < r)", "pdl", UNALIGNED),
     Bug("adapter missing", matmul_descriptor, "main_steps + RANK_STEPS", "main_steps", "pdl"),
     Bug("last K tile dropped", matmul_descriptor, "tl.cdiv(K, BLOCK_K)", "K // BLOCK_K", "pdl"),
-    Bug("B packed short", shrink, "(offs_m < rows)", "(offs_m < rows - 1)", "pdl", RAGGED[::2]),
+    Bug("B packed short", shrink, "(offs_m < rows)", "(offs_m < rows - 1)", "pdl", UNALIGNED),
     Bug("first tile without adapter", matmul_descriptor, "main_steps, 0)", "steps, 0)", "pdl"),
 )
 HOPPER = tuple(
-    Bug(name, matmul_hopper, old, new, "hopper", options=options)
-    for name, old, new, options in (
-        ("last K step dropped", "= gl.cdiv(K, BLOCK_K)", "= K // BLOCK_K", {}),
-        ("adapter missing", "k = (step - main_steps) *", "k = (step - main_steps + 1) *", {}),
-        ("bias twice", "acc += bias.to(gl.float32)", "acc += 2 * bias.to(gl.float32)", {}),
-        ("parts of y in one place", "column + i * PART, part)", "column, part)", {}),
-        ("dX without the mask", "keep != 0", "keep < 2", {"dropout_p": 0.5}),
+    Bug(name, matmul_hopper, old, new, "hopper", *shapes)
+    for name, old, new, *shapes in (
+        ("last K step dropped", "= gl.cdiv(K, BLOCK_K)", "= K // BLOCK_K"),
+        ("adapter missing", "k = (step - main_steps) *", "k = (step - main_steps + 1) *"),
+        ("bias twice", "acc += bias.to(gl.float32)", "acc += 2 * bias.to(gl.float32)"),
+        ("parts of y in one place", "column + i * PART, part)", "column, part)", WIDE),
+        ("dX without the mask", "keep != 0", "keep < 2", RAGGED, {"dropout_p": 0.5}),
     )
 )
 DRAWN = tuple(
-    Bug(name, shrink_dropout, old, new, "hopper", options={"dropout_p": 0.5})
-    for name, old, new in (
+    Bug(name, shrink_dropout, old, new, "hopper", *shapes, options={"dropout_p": 0.5})
+    for name, old, new, *shapes in (
         ("S of what was dropped", "words & ((pair", "words & ~((pair"),
         ("mask stored wrong", "packed.to(gl.uint8)", "(packed ^ 255).to(gl.uint8)"),
         ("another mask", "draw(seed, calls, tokens,", "draw(seed + 1, calls, tokens,"),
@@ -199,7 +196,7 @@ DRAWN = tuple(
             "inside = (offs_m < M) & (vector * VECTOR < K)",
             "inside = (offs_m < M) & (vector * VECTOR < K - 8)",
         ),
-        ("B packed short", "mask=(row < rows) &", "mask=(row < rows - 1) &"),
+        ("B packed short", "mask=(row < rows) &", "mask=(row < rows - 1) &", UNALIGNED),
     )
 )
 BUGS = SHRINK_AND_PORTABLE + RANK_GRAD + DROPPED + OTHER_PATHS + HOPPER + DRAWN
