@@ -26,8 +26,6 @@ from fused_lora.atomic import write_directory
 from fused_lora.extras import (
     all_names,
     brought,
-    checked_extras,
-    new_embeddings,
     require_here,
     require_same_embeddings,
     whole_modules,
@@ -154,9 +152,8 @@ def load_adapter(
                 f"{path} is merged and merge(keep_base=False) let its base weight go: load a base "
                 "checkpoint first"
             )
-    extras, embeddings = checked_extras(model, adapter), new_embeddings(model, adapter)
     config = adapter.config
-    with all_or_nothing(layers.values()), written(model, config, extras, embeddings):
+    with written(model, adapter), all_or_nothing(layers.values()):
         for path, layer in layers.items():
             layer.set_adapter(
                 *adapter.factors[path],

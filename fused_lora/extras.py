@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapter_config import AdapterConfig, Bias
+from fused_lora.adapter_config import Bias
 from fused_lora.adapter_files import (
     PREFIX,
     WEIGHTS_FILE,
@@ -71,9 +71,8 @@ def held_tensors(model: nn.Module) -> dict[str, Held]:
     return found
 
 
-def checked_extras(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+def _checked_extras(held: dict[str, Held], adapter: Adapter) -> dict[str, Tensor]:
     """The biases and modules of the file, after checking that they can be written."""
-    held = held_tensors(model)
     seen: dict[int, Tensor] = {}
     for key, value in adapter.extras.items():
         own = _own(held, key, value)
@@ -91,10 +90,9 @@ def checked_extras(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     return adapter.extras
 
 
-def new_embeddings(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+def _new_embeddings(model: nn.Module, held: dict[str, Held], adapter: Adapter) -> dict[str, Tensor]:
     """The embeddings that PEFT has put into the file and that are not the model's own already.
     Raises ValueError for what is none of the model's embeddings, or does not fit them."""
-    held = held_tensors(model)
     expected = _embedding_keys(model, held)
     new = {}
     for key, value in adapter.embeddings.items():
@@ -114,7 +112,7 @@ def new_embeddings(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 def require_same_embeddings(model: nn.Module, adapter: Adapter) -> None:
     """Raise ValueError if the file has other embeddings than the model: adapters of a batch share
     them."""
-    for key in new_embeddings(model, adapter):
+    for key in _new_embeddings(model, held_tensors(model), adapter):
         raise ValueError(
             f"{WEIGHTS_FILE} has {PREFIX}{short(key)} with other values than the model, whose "
             "embeddings all adapters of a batch share: load this adapter alone, into a model "
@@ -161,15 +159,12 @@ def brought(model: nn.Module) -> Brought:
 
 
 @contextlib.contextmanager
-def written(
-    model: nn.Module,
-    config: AdapterConfig,
-    extras: dict[str, Tensor],
-    embeddings: dict[str, Tensor],
-) -> Iterator[None]:
-    """Write `extras` over the model's own and bring back those that an earlier adapter had written;
-    undone if the context fails. `embeddings` are the base's and stay."""
+def written(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+    """Check the extras of the file, write them over the model's own and bring back those that an
+    earlier adapter had written; undone if the context fails. Its embeddings are the base's and
+    stay."""
     held = held_tensors(model)
+    extras, embeddings = _checked_extras(held, adapter), _new_embeddings(model, held, adapter)
     originals = brought(model).originals
     values = {key: value for key, value in originals.items() if key in held} | extras | embeddings
     kept = {key: held[key].tensor.detach().clone() for key in values}
@@ -182,9 +177,9 @@ def written(
     remembered = {key: originals.get(key, kept[key]) for key in extras}
     if remembered or originals:
         paths = {place.path for where in module_places(model).values() for place in where}
-        names = config.modules_to_save or []  # PEFT adds those that a classifier may have
+        names = adapter.config.modules_to_save or []  # PEFT adds those that a classifier may have
         names = [name for name in names if any(whole([name], path) for path in paths)]
-        setattr(model, _BROUGHT, Brought(remembered, config.bias, names))
+        setattr(model, _BROUGHT, Brought(remembered, adapter.config.bias, names))
 
 
 def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
