@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import Gradients, differentiable_once
-from fused_lora.functional import DTYPES, checked_options, require_seen_through
+from fused_lora.functional import check_kinds, checked_options, require_seen_through
 from fused_lora.scale import Scale, padded_rank
 
 
@@ -48,7 +48,7 @@ def lora_delta(
         [..., N] in base_output's dtype: base_output itself if `in_place`.
 
     Raises:
-        TypeError: a tensor is of another dtype, or is a DTensor.
+        TypeError: a tensor is of another dtype, a DTensor or nested.
         ValueError: shapes or devices do not fit, an option is out of range, in_place is asked for
             on x's own storage, a view or a leaf that requires grad.
         RuntimeError: backend="triton" cannot run here; the message says why.
@@ -283,21 +283,9 @@ def _backward_flops(dy: Sequence[int], x: Any, lora_A: Sequence[int], *rest: Any
 
 
 def _check(base_output: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
-    named = {"base_output": base_output, "x": x, "lora_A": lora_A, "lora_B": lora_B}
-    for name, tensor in named.items():
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{name} is a DTensor, expected a plain tensor: pass to_local()")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16, 32 or 64 bits: "
-                "cast it"
-            )
-        if tensor.device != base_output.device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, base_output is on {base_output.device}: move them "
-                "to one device"
-            )
-    shapes = {name: tuple(tensor.shape) for name, tensor in named.items()}
+    named = ((base_output, "base_output"), (x, "x"), (lora_A, "lora_A"), (lora_B, "lora_B"))
+    check_kinds(named)
+    shapes = {name: tuple(tensor.shape) for tensor, name in named}
     fit = (
         lora_A.dim() == lora_B.dim() == 2
         and lora_A.shape[0] == lora_B.shape[1] > 0

@@ -135,20 +135,8 @@ def autocasted(x: Tensor) -> tuple[Tensor, bool]:
 def check_tensors(
     x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast: bool
 ) -> None:
-    device = x.device
     given = ((x, "x"), (weight, "weight"), (lora_A, "lora_A"), (lora_B, "lora_B"))
-    for tensor, name in given if bias is None else (*given, (bias, "bias")):
-        if type(tensor) not in _PLAIN:
-            _check_type(tensor, name)
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16, 32 or 64 bits: "
-                f"cast it, for example {name}.to(torch.bfloat16)"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, x is on {device}: move them to one device"
-            )
+    check_kinds(given if bias is None else (*given, (bias, "bias")))
     if x.dim() == 0:
         raise ValueError("x has no dimension, expected [..., in_features]: got shape ()")
     if weight.dim() != 2 or lora_A.dim() != 2 or lora_B.dim() != 2:
@@ -194,6 +182,23 @@ def check_tensors(
 _PLAIN = {Tensor, nn.Parameter}
 
 
+def check_kinds(given: tuple[tuple[Tensor, str], ...]) -> None:
+    """Type and dtype of (tensor, name) pairs, and that all are on the device of the first."""
+    for tensor, name in given:
+        if type(tensor) not in _PLAIN:
+            _check_type(tensor, name)
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}, expected a floating dtype of 16, 32 or 64 bits: "
+                f"cast it, for example {name}.to(torch.bfloat16)"
+            )
+        if tensor.device != given[0][0].device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, {given[0][1]} is on {given[0][0].device}: move "
+                "them to one device"
+            )
+
+
 def _check_type(tensor: Tensor, name: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
@@ -211,13 +216,17 @@ def _check_type(tensor: Tensor, name: str) -> None:
         )
 
 
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+
+
 def checked_options(
     x: Tensor, scaling: float | Tensor, dropout_p: float, seed: Tensor | None, backend: str
 ) -> tuple[float, Tensor | None, float, Tensor | None, str]:
     """What `LoRALinearFunction` takes as its options: scaling as a number and a tensor, dropout_p,
     a seed where there is dropout (drawn unless given), backend. A refused call draws no seed."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    check_backend(backend)
     if not isinstance(dropout_p, (float, int)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p!r}")
     factor, scaling_tensor = 1.0, None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fused_lora.functional import BACKENDS, DTYPES
+from fused_lora.functional import DTYPES, check_backend
 
 InitLoRA = bool | Literal["kaiming", "gaussian"]
 _OPTIONS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
@@ -344,8 +344,7 @@ def check_adapter_options(
         raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout!r}")
     if not isinstance(use_rslora, bool):
         raise TypeError(f"use_rslora must be True or False: got {use_rslora!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    check_backend(backend)
     if not (isinstance(init_lora_weights, bool) or init_lora_weights in ("kaiming", "gaussian")):
         raise ValueError(
             "init_lora_weights must be True, False, 'kaiming' or 'gaussian': got "

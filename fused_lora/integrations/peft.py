@@ -33,7 +33,7 @@ from fused_lora.adapter_pack import ids_of_samples, pack_for_call
 from fused_lora.delta import hooked, lora_delta, may_write
 from fused_lora.explain import DEFAULT_TOKENS
 from fused_lora.four_bit import lora_linear_4bit, unpacks
-from fused_lora.functional import BACKENDS, DTYPES, lora_linear
+from fused_lora.functional import DTYPES, check_backend, lora_linear
 from fused_lora.multi import multi_lora_linear
 
 __all__ = ["PatchReport", "call_counts", "disable", "enable", "explain", "patch", "unpatch"]
@@ -454,8 +454,7 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_options(backend: str, compute_dtype: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}: got {backend!r}")
+    check_backend(backend)
     if compute_dtype not in ("base", "peft"):
         raise ValueError(f"compute_dtype must be 'base' or 'peft': got {compute_dtype!r}")
 
