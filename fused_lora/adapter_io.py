@@ -76,16 +76,8 @@ def save_adapter(
     if isinstance(modules_to_save, str):
         raise TypeError(f"modules_to_save is the string {modules_to_save!r}, expected a list")
     model = unwrapped(model)
-    packs = pack_layers(model)
-    if packs and (bias not in (None, "none") or modules_to_save):
-        raise ValueError(
-            "biases and whole modules belong to all adapters of packs: save them apart"
-        )
-    if packs:
-        adapter = _adapter_of_packs(model, packs, name or "default")
-    else:
-        adapter = adapter_of(model, bias, modules_to_save)
-        _warn_of_shared(model, adapter.factors)
+    adapter = adapter_of(model, bias, modules_to_save, name)
+    _warn_of_shared(model, adapter.factors)
     write_directory(adapter_folder(directory, name), adapter.files())
 
 
@@ -117,6 +109,8 @@ def load_adapter(
     packs = pack_layers(model)
     folder = adapter_folder(directory, name)
     if packs:
+        if not folder.is_dir() and not (Path(directory) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"neither {folder} nor {directory} holds an adapter")
         adapter = read_adapter(folder if folder.is_dir() else Path(directory))
         require_same_embeddings(model, adapter)
         put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))
@@ -224,9 +218,20 @@ def _check_factors(path: str, layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) 
 
 
 def adapter_of(
-    model: nn.Module, bias: Bias | None = None, modules_to_save: Sequence[str] | None = None
+    model: nn.Module,
+    bias: Bias | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    name: str | None = None,
 ) -> Adapter:
-    """The adapter of a model, with biases and modules as `save_adapter` says."""
+    """The adapter of a model, with biases and modules as `save_adapter` says; of its packs the one
+    of this name."""
+    packs = pack_layers(model)
+    if packs and (bias not in (None, "none") or modules_to_save):
+        raise ValueError(
+            "biases and whole modules belong to all adapters of packs: save them apart"
+        )
+    if packs:
+        return _adapter_of_packs(model, packs, name or "default")
     layers = require_layers(model)
     earlier = brought(model)
     bias = earlier.bias if bias is None else bias

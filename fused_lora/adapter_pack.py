@@ -214,7 +214,7 @@ class AdapterPack(nn.Module):
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
-            raise KeyError(f"no adapter {name!r} in the pack, which holds {self.names}: add() it")
+            raise KeyError(f"no adapter {name!r} in the pack: name one of {self.names}")
         return self._entries[name]
 
     def prepare(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Packed:

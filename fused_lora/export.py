@@ -6,18 +6,17 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
 from fused_lora.adapter_config import AdapterConfig
-from fused_lora.adapter_files import Adapter, read_adapter
+from fused_lora.adapter_files import Adapter, adapter_folder, read_adapter
 from fused_lora.adapter_io import adapter_of
 from fused_lora.atomic import write_directory
 from fused_lora.model import unwrapped
-from fused_lora.places import module_places
+from fused_lora.places import module_places, pack_layers
 
 Server = Literal["vllm", "sglang", "peft"]
 # SGLang stacks these into one product and expects all of them where one is
@@ -31,8 +30,10 @@ def export_adapter(
     directory: str | os.PathLike[str],
     *,
     for_: Server,
+    name: str | None = None,
 ) -> None:
     """Write the adapter of a model, or of an adapter directory, for "vllm", "sglang" or "peft".
+    name: which adapter of a model with packs, or in which folder of the directory it is.
 
     For the servers every layer gets one rank (smaller ones padded with zeros, which is exact) and
     one plain `lora_alpha / r`: rsLoRA and single layers' own rank or alpha, which their releases
@@ -40,17 +41,21 @@ def export_adapter(
     fp32). For SGLang missing ones of q, k, v and of gate, up get zero factors, since its loader
     stacks them. "peft" writes the adapter as it is.
 
-    Raises ValueError for another server, for trained biases, whole modules and embeddings that the
-    server cannot load, and where the shape of a missing layer is not known (give the model then);
-    otherwise as `load_adapter` for the files and `save_adapter` for the model.
+    Raises ValueError for another server, for a name where there is one adapter, for trained biases,
+    whole modules and embeddings that the server cannot load, and where the shape of a missing layer
+    is not known (give the model then); otherwise as `load_adapter` for the files and `save_adapter`
+    for the model.
     """
     if for_ not in ("vllm", "sglang", "peft"):
         raise ValueError(f"for_ must be 'vllm', 'sglang' or 'peft': got {for_!r}")
     model = model_or_directory if isinstance(model_or_directory, nn.Module) else None
     if isinstance(model_or_directory, nn.Module):
-        adapter = adapter_of(unwrapped(model_or_directory))
+        bare = unwrapped(model_or_directory)
+        if name is not None and not pack_layers(bare):
+            raise ValueError(f"name={name!r}, but the model has one adapter: leave name out")
+        adapter = adapter_of(bare, name=name)
     else:
-        adapter = read_adapter(Path(model_or_directory))
+        adapter = read_adapter(adapter_folder(model_or_directory, name))
     if for_ != "peft":
         _refuse_extras(adapter, for_)
         if for_ == "sglang":

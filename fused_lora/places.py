@@ -100,10 +100,12 @@ def find_targets(
             found.append(paths[0])
     if not found:
         linears = [where[0].path for m, where in places.items() if _is_linear(m)]
+        adapted = [*lora_layers(model), *pack_layers(model)]
+        also = f"; adapters have {some(adapted)} already" if adapted else ""
         raise ValueError(
             f"target_modules={_brief(target_modules)} (exclude_modules={_brief(excluded)}) fits no "
             f"module of {type(model).__name__}: a list holds ends of paths, a string is a regular "
-            f"expression for a whole path; its linear layers are {some(linears) or 'none'}"
+            f"expression for a whole path; its linear layers are {some(linears) or 'none'}{also}"
         )
     return found
 

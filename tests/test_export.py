@@ -145,3 +145,27 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path):
     after = fused_lora.lora_state_dict(model)
     assert after.keys() <= before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("source", ["model", "directory"])
+@pytest.mark.parametrize("server", ["vllm", "sglang"])
+def test_one_adapter_of_packs_is_exported_by_its_name(server, source, tmp_path):
+    given = tmp_path / "all"
+    twins = {}
+    for name, targets in (("one", ["q_proj"]), ("two", ["q_proj", "v_proj"])):
+        twins[name] = model_with(targets, use_rslora=name == "two")
+        save_adapter(twins[name], given, name=name)
+    if source == "model":
+        model = nn.ModuleDict({"layers": nn.ModuleList(Block() for _ in range(2))})
+        folders = {name: given / name for name in twins}
+        given = apply_lora(model, adapters=folders)
+    export_adapter(given, tmp_path / "out", for_=server, name="two")
+    deltas = served(tmp_path / "out", server)
+    for path, layer in lora_layers(twins["two"]).items():
+        torch.testing.assert_close(deltas[path].float(), layer.delta_weight())
+
+
+def test_a_name_where_there_is_one_adapter_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has one adapter: leave name out"):
+        export_adapter(model_with(["q_proj"]), tmp_path, for_="vllm", name="a")
+    assert list(tmp_path.iterdir()) == []

@@ -154,6 +154,12 @@ def mamba():
 REFUSED = {
     # the model, options, type, then what the message says
     "nothing fits": (plain, {"target_modules": ["qq"]}, ValueError, "fits no module of Model"),
+    "nothing is left": (
+        lambda: apply_lora(plain(), r=2, lora_alpha=2, target_modules="all-linear"),
+        {"target_modules": "all-linear"},
+        ValueError,
+        "adapters have",
+    ),
     "a bare name as expression": (plain, {"target_modules": "q"}, ValueError, "whole path"),
     "no expression": (plain, {"target_modules": "(q"}, ValueError, "no regular expression"),
     "not linear": (plain, {"target_modules": ["q", "norm"]}, TypeError, "norm (LayerNorm)"),

@@ -262,7 +262,7 @@ def test_names_that_no_pack_holds_raise_and_change_nothing(tasks, tmp_path):
         lambda: save_adapter(model, tmp_path),
         lambda: served(model, ["b"]),
     ):
-        with pytest.raises(KeyError, match=r"no adapter '(b|default)' in the pack, which"):
+        with pytest.raises(KeyError, match=r"no adapter '(b|default)' in the pack: name one of"):
             call()
     with pytest.raises(ValueError, match="belong to all adapters of packs"):
         save_adapter(model, tmp_path, name="a", bias="all")
@@ -270,7 +270,7 @@ def test_names_that_no_pack_holds_raise_and_change_nothing(tasks, tmp_path):
         load_adapter(model, tasks["a"][0], name="../a")
     with pytest.raises(ValueError, match="holds no pack of adapters"):
         fused_lora.delete_adapter(make(), "default")
-    with pytest.raises(FileNotFoundError, match=CONFIG):
+    with pytest.raises(FileNotFoundError, match=r"neither .*b nor .* holds an adapter"):
         load_adapter(model, tmp_path, name="b")
     assert_unchanged(model, before)
     assert list(tmp_path.iterdir()) == []
