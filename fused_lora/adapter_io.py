@@ -132,10 +132,10 @@ def load_adapter(
         replacement = Replacement(model, options)
         layers = replacement.layers
     for path, layer in layers.items():
-        if type(layer.lora_A).__name__ == "DTensor":
+        if layer.sharded:
             raise RuntimeError(
-                f"{path} is sharded: load an adapter before fully_shard or parallelize_module, or "
-                "its tensors by torch.distributed.checkpoint.state_dict"
+                f"{path} is sharded: load an adapter before FSDP or parallelize_module, or its "
+                "tensors by torch.distributed.checkpoint.state_dict"
             )
         reason = layer.why_not_write()
         if reason is not None:

@@ -98,7 +98,7 @@ class LoRALayer(nn.Module):
         unwritable = self.why_not_write()
         if unwritable is not None:
             return unwritable
-        if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
+        if self.managed_by_fsdp:
             return (
                 "FSDP holds the base weight and would put the unmerged one back: gather the "
                 "state_dict (full_state_dict=True of torch.distributed.checkpoint.state_dict) into "
@@ -107,17 +107,39 @@ class LoRALayer(nn.Module):
         return None
 
     @property
+    def managed_by_fsdp(self) -> bool:
+        """Whether `fully_shard` or FullyShardedDataParallel exchanges the layer's Parameters."""
+        return getattr(self, "_is_fsdp_managed_module", False)  # torch's own mark
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the adapter is one that all processes have together."""
+        return self.managed_by_fsdp or type(self.lora_A).__name__ == "DTensor"
+
+    @property
     def offloaded(self) -> bool:
         """Whether the adapter's values are elsewhere, as accelerate keeps them."""
         return self.adapters_ready and self.lora_A.is_meta
 
-    def why_not_write(self) -> str | None:
-        """Why the layer's Parameters cannot be exchanged in place, None if they can."""
+    def why_not_read(self) -> str | None:
+        """Why lora_A and lora_B are not the adapter's values, None if they are; a DTensor is."""
         if self.offloaded:
             return (
                 "accelerate has offloaded the parameters, and would put the old ones back: call "
                 "accelerate.hooks.remove_hook_from_submodules(model) first"
             )
+        shapes = (self.r, self.in_features), (self.out_features, self.r)
+        if (tuple(self.lora_A.shape), tuple(self.lora_B.shape)) != shapes:
+            return (
+                "lora_A and lora_B are what FullyShardedDataParallel left of them on this process: "
+                "call this inside of FullyShardedDataParallel.summon_full_params(model)"
+            )
+        return None
+
+    def why_not_write(self) -> str | None:
+        """Why the layer's Parameters cannot be exchanged in place, None if they can."""
+        if self.offloaded:
+            return self.why_not_read()
         absent = [name for name in self._written if self._parameters.get(name) is None]
         if absent:
             return (
@@ -146,7 +168,7 @@ class LoRALayer(nn.Module):
         if self.merged:
             raise RuntimeError("the layer is merged: call unmerge() before reset_lora_parameters()")
         if self.offloaded:
-            raise RuntimeError(self.why_not_write())
+            raise RuntimeError(self.why_not_read())
         if self.lora_A.is_meta and not self.weight.is_meta:
             for name in ("lora_A", "lora_B"):
                 own = getattr(self, name)
@@ -171,10 +193,10 @@ class LoRALayer(nn.Module):
         fit and options out of range, TypeError for tensors that are not floating, RuntimeError if
         the base weight was let go or the layer is sharded, offloaded or parametrized; then nothing
         has changed."""
-        if type(self.lora_A).__name__ == "DTensor":
+        if self.sharded:
             raise RuntimeError(
-                "lora_A and lora_B are sharded: set an adapter before fully_shard or "
-                "parallelize_module, or load it by torch.distributed.checkpoint.state_dict"
+                "lora_A and lora_B are sharded: set an adapter before FSDP or parallelize_module, "
+                "or load it by torch.distributed.checkpoint.state_dict"
             )
         self._require_writable()
         r = lora_A.shape[0] if lora_A.dim() == 2 else 0
@@ -233,8 +255,11 @@ class LoRALayer(nn.Module):
 
     def delta_weight(self) -> Tensor:
         """scaling * B A, [out_features, in_features], in fp32 (fp64 for fp64 adapters). Raises
-        RuntimeError if the adapters are not initialised."""
+        RuntimeError if the adapters are not initialised, or not whole on this process."""
         self._require_adapters()
+        reason = self.why_not_read()
+        if reason is not None:
+            raise RuntimeError(reason)
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         with torch.no_grad():
             return self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling

@@ -230,6 +230,8 @@ class FusedLoRALinear(LoRALayer):
         has not moved since); returns self. Raises RuntimeError if not merged or not kept."""
         if not self._merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
+        if self.managed_by_fsdp:
+            raise RuntimeError("FSDP holds the merged weight: call unmerge() before FSDP")
         self._require_writable()
         base = self.base_weight()
         if not isinstance(base, nn.Parameter):
@@ -405,7 +407,7 @@ class FusedLoRALinear(LoRALayer):
         # FSDP exchanges a Parameter for its shard, and back
         state = self.__dict__
         given = name == "weight" and state.get("_merged") and type(value) is nn.Parameter
-        if given and not state.get("_is_fsdp_managed_module"):
+        if given and not self.managed_by_fsdp:
             self._set_base(None, merged=False)
 
     def _set_base(self, base: Tensor | None, *, merged: bool) -> None:

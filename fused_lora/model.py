@@ -215,18 +215,22 @@ def unmerge_adapter(model: nn.Module) -> None:
     if not layers:
         raise RuntimeError("no LoRA layer is merged: there is nothing to unmerge")
     _require_kept_base(layers, "unmerge_adapter")
-    for layer in layers.values():
-        layer.unmerge()
+    with all_or_nothing(layers.values()):
+        for layer in layers.values():
+            layer.unmerge()
 
 
 def unload(model: nn.Module) -> nn.Module:
     """Put plain layers back in the place of the LoRA layers, with the weights as they are now: the
     very base Parameters, or the merged ones after `merge_adapter`. Weights stay frozen. Returns
     `model`. Raises ValueError if there is no LoRA layer, RuntimeError where accelerate has
-    offloaded one; then nothing changes."""
+    offloaded one or FSDP holds its parameters; then nothing changes."""
     for path, layer in require_layers(model).items():
-        if layer.offloaded:
-            raise RuntimeError(f"{path} cannot be unloaded: {layer.why_not_write()}")
+        reason = layer.why_not_read() if layer.offloaded else None
+        if layer.managed_by_fsdp:
+            reason = "FSDP looks for its parameters in this very layer; call unload before FSDP"
+        if reason is not None:
+            raise RuntimeError(f"{path} cannot be unloaded: {reason}")
     if isinstance(model, LoRALayer):
         raise ValueError("the model is itself a LoRA layer: call its base_module() or to_linear()")
     places = module_places(model)
@@ -251,8 +255,9 @@ def all_or_nothing(layers: Iterable[LoRALayer]) -> Iterator[None]:
 
 def require_values(path: str, layer: LoRALayer) -> None:
     """Raise RuntimeError if the adapter's values are not in the layer."""
-    if layer.offloaded:
-        raise RuntimeError(f"{path or 'the layer'}: {layer.why_not_write()}")
+    reason = layer.why_not_read()
+    if reason is not None:
+        raise RuntimeError(f"{path or 'the layer'}: {reason}")
 
 
 def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
@@ -283,11 +288,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what data parallelism and torch.compile put around it."""
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._orig_mod  # type: ignore[assignment]
+            inner: nn.Module | None = model.module
         else:
+            inner = model._modules.get("_orig_mod") or model._modules.get("_fsdp_wrapped_module")
+        if inner is None:
             return model
+        model = inner
 
 
 def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:

@@ -20,8 +20,8 @@ from fused_lora.multi import MultiLoRALinear
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 from fused_lora.targets import match_pattern, named
 
-# what torch.compile and activation checkpointing put into the path of a module
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module)(?=\.|$)")
+# what torch.compile, activation checkpointing and FullyShardedDataParallel put into a path
+_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -74,7 +74,7 @@ def pack_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
 
 
 def clean_path(path: str) -> str:
-    """A path without what torch.compile and activation checkpointing add to it."""
+    """A path without what wrappers add to it."""
     return _WRAPPERS.sub("", path).lstrip(".")
 
 
@@ -226,6 +226,8 @@ def _why_not(
         above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]
         if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
             return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
+    if getattr(module, "_is_fsdp_managed_module", False):
+        return "FSDP holds its parameters already; give the model its adapters before"
     if quantization_of(module) is not None:
         if packs:
             return (

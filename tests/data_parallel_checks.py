@@ -1,4 +1,4 @@
-"""What test_distributed asks of every rank under DDP and FSDP2: the numbers of one process."""
+"""What test_distributed asks of every rank under DDP and FSDP: the numbers of one process."""
 
 import copy
 
@@ -9,12 +9,20 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
 )
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fused_lora import FusedLoRALinear, explain
+from fused_lora.places import clean_path
 
 K, N, TOKENS, STEPS = 12, 22, 8, 3
 FULL = StateDictOptions(full_state_dict=True)
@@ -227,6 +235,43 @@ def fsdp_runs_the_kernels():
     assert "triton" in explain(model)
 
 
+def wrap(model, **options):
+    """FSDP1, a unit per block; frozen and trainable parameters in one need use_orig_params."""
+    options = {"use_orig_params": True, "device_id": torch.device("cpu")} | options
+    return FullyShardedDataParallel(model, auto_wrap_policy=ModuleWrapPolicy({Block}), **options)
+
+
+def fsdp1_gives_the_losses_and_gradients_of_one_process():
+    for options in ({}, {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP}):
+        model, alone = twins()
+        wrapped = wrap(model, **options)
+        xs, targets = data()
+        shares = [(mine(x), mine(target)) for x, target in zip(xs, targets, strict=True)]
+        mean = torch.tensor(losses_of(wrapped, wrapped, shares), dtype=torch.float64)
+        dist.all_reduce(mean)
+        expected = losses_of(alone, alone, list(zip(xs, targets, strict=True)))
+        torch.testing.assert_close(mean / dist.get_world_size(), torch.tensor(expected).double())
+        with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+            clean = {clean_path(name): p for name, p in wrapped.named_parameters()}
+            assert_close(clean, dict(alone.named_parameters()))
+            assert_close(
+                {name: p.grad for name, p in clean.items() if p.requires_grad}, grads(alone)
+            )
+
+
+def fsdp1_recomputes_checkpointed_blocks_with_their_masks():
+    model, plain = twins(lora_dropout=0.5, recompute=True)
+    wrapped = wrap(model)
+    x, target = (mine(t[0]) for t in data())
+    for module in (wrapped, plain):
+        torch.manual_seed(5 + dist.get_rank())
+        F.mse_loss(module(x), target).backward()
+    average_over_ranks(plain)
+    with FullyShardedDataParallel.summon_full_params(wrapped, with_grads=True):
+        ours = {clean_path(name): p.grad for name, p in trainable(wrapped).items()}
+        assert_close(ours, grads(plain))
+
+
 TWO_RANKS = [
     ddp_gives_the_losses_and_gradients_of_one_process,
     ddp_accumulates_gradients_without_synchronising,
@@ -235,4 +280,6 @@ TWO_RANKS = [
     fsdp_mixed_precision_computes_in_bf16_and_reduces_in_fp32,
     fsdp_trains_fp32_adapters_on_a_bf16_base,
     fsdp_runs_the_kernels,
+    fsdp1_gives_the_losses_and_gradients_of_one_process,
+    fsdp1_recomputes_checkpointed_blocks_with_their_masks,
 ]

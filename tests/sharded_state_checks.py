@@ -17,6 +17,7 @@ from data_parallel_checks import (
     shard,
     twins,
     whole,
+    wrap,
 )
 from tensor_parallel_checks import MLP, K, inputs, split, world_mesh
 from torch import nn
@@ -25,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from fused_lora import (
@@ -34,8 +35,11 @@ from fused_lora import (
     apply_lora,
     delete_adapter,
     load_adapter,
+    lora_state_dict,
     merge_adapter,
     save_adapter,
+    unload,
+    unmerge_adapter,
 )
 from fused_lora.parallel import ColwiseLoRAParallel, RowwiseLoRAParallel
 
@@ -152,6 +156,51 @@ def adapters_of_sharded_layers_are_not_exchanged():
     assert_close(dict(model.named_parameters()), alone)
 
 
+def fsdp1_saves_what_it_has_gathered():
+    model, alone = twins()
+    wrapped = wrap(model)
+    x = data()[0][0]
+    wrapped(mine(x)).square().mean().backward()  # afterwards every rank has a part again
+    with tempfile.TemporaryDirectory() as folder:
+        for refused in (
+            lambda: save_adapter(wrapped, f"{folder}/refused"),
+            lambda: lora_state_dict(wrapped),
+            wrapped.blocks[0].up.delta_weight,
+        ):
+            with pytest.raises(RuntimeError, match=r"inside of .*summon_full_params\(model\)"):
+                refused()
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            save_adapter(wrapped, f"{folder}/saved")
+            state = lora_state_dict(wrapped)
+            assert_close(state, lora_state_dict(alone))
+            with pytest.raises(
+                RuntimeError, match=r"blocks.0.up is sharded: load an adapter before"
+            ):
+                load_adapter(wrapped, f"{folder}/saved")
+        other = load_adapter(Model(dtype=torch.float64), f"{folder}/saved")
+    assert_close(lora_state_dict(other), lora_state_dict(alone))
+    for merge in (lambda: merge_adapter(wrapped), wrapped.blocks[0].up.merge):
+        with pytest.raises(RuntimeError, match=r"FSDP holds the base weight.*gather"):
+            merge()
+
+
+def fsdp_keeps_the_very_layers_it_was_given():
+    for put_around in (shard, wrap):
+        merged = twins()[0].requires_grad_(False)
+        merge_adapter(merged)
+        expected = merged(data()[0][0])
+        merged = put_around(merged)
+        with pytest.raises(RuntimeError, match=r"call unmerge\(\) before FSDP"):
+            unmerge_adapter(merged)
+        with pytest.raises(RuntimeError, match="call unload before FSDP"):
+            unload(merged)
+        for _ in range(2):
+            torch.testing.assert_close(merged(mine(data()[0][0])), mine(expected))
+        plain = put_around(Model(dtype=torch.float64))
+        with pytest.raises(TypeError, match=r"head .*FSDP holds its parameters already"):
+            apply_lora(plain, r=2, lora_alpha=2, target_modules=["head"])
+
+
 def packs_of_sharded_layers_are_not_changed():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 24), torch.nn.Linear(24, 8))
@@ -231,6 +280,8 @@ TWO_RANKS = [
     fsdp_refuses_to_merge_what_it_would_undo,
     fsdp_leaves_merged_layers_merged,
     adapters_of_sharded_layers_are_not_exchanged,
+    fsdp1_saves_what_it_has_gathered,
+    fsdp_keeps_the_very_layers_it_was_given,
     packs_of_sharded_layers_are_not_changed,
     a_split_layer_merges_and_unmerges_in_shards,
     split_layers_start_from_the_first_ranks_adapters,

@@ -1,4 +1,4 @@
-"""DDP, FSDP2 and tensor parallelism give the numbers of one process: two and four gloo processes.
+"""DDP, FSDP and tensor parallelism give the numbers of one process: two and four gloo processes.
 
 The promises are functions that every rank runs, in `data_parallel_checks`,
 `tensor_parallel_checks` and `sharded_state_checks`; the ranks are started once for all of them.
