@@ -92,7 +92,7 @@ class Tuner:
         mode = "fwd" if item.directions == ("fwd",) else "fwd+bwd"
         entrants = [Layer(backend, backend, mode) for backend in ("triton", "aten")]
         sizes = (item.M, item.N, item.K, item.r)
-        default = config.choose_backend(replace(self.device, name=""), search.BITS, *sizes)
+        default, _ = config.choose_backend(replace(self.device, name=""), search.BITS, *sizes)
         rows = self._measure(item, entrants, STAGE)
         # a backend costs what it costs a caller without graphs: host time where that is longer
         chosen = fastest(list(rows.values()), default, "host_p50_us")

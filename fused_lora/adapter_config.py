@@ -12,7 +12,7 @@ from typing import Any, Literal
 from fused_lora.targets import is_name, match_pattern
 
 Bias = Literal["none", "all", "lora_only"]
-BIASES: tuple[Bias, ...] = ("none", "all", "lora_only")
+BIASES: tuple[Bias, ...] = ("none", "lora_only", "all")  # each of them more than the last
 CONFIG_FILE = "adapter_config.json"
 LARGEST_CONFIG = 16 << 20  # bytes; a list of every layer of a large model is far below
 # fields that say nothing about what the adapter computes

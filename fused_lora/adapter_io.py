@@ -25,11 +25,11 @@ from fused_lora.adapter_files import (
 from fused_lora.atomic import write_directory
 from fused_lora.extras import (
     all_names,
-    brought,
+    extras_of,
     require_here,
     require_same_embeddings,
     whole_modules,
-    written,
+    write_extras,
 )
 from fused_lora.layer import LoRALayer
 from fused_lora.model import (
@@ -48,6 +48,7 @@ from fused_lora.places import (
     lora_layers,
     module_places,
     pack_layers,
+    require_names,
     some,
 )
 from fused_lora.targets import describe_targets, describe_values, in_whole, layer_indices
@@ -63,18 +64,16 @@ def save_adapter(
 ) -> None:
     """Write the adapters of `model` as PEFT does, so that PEFT loads them; needs `safetensors`.
 
-    bias: "all" or "lora_only" saves the biases that `mark_only_lora_as_trainable` trained with it.
-    modules_to_save: names of modules that were trained whole, a classifier say; ends of paths, at a
-        dot or not, as PEFT reads them. Both are by default what the file that was loaded last has
-        brought, otherwise "none" and none ([]).
+    bias, modules_to_save: as in `mark_only_lora_as_trainable`, and by default as it was told, or as
+        the file that was loaded last has them; else "none" and [].
     name: PEFT keeps an adapter that is not the default one in a folder of its name. In a model with
         packs it is the adapter to save; only its factors are, biases and modules are all adapters'.
     The files are replaced both at once: a reader never finds one without the other. Raises
     ValueError for non-finite or uninitialised adapters, unknown modules or no LoRA layer, KeyError
     for an adapter that the packs do not hold.
     """
-    if isinstance(modules_to_save, str):
-        raise TypeError(f"modules_to_save is the string {modules_to_save!r}, expected a list")
+    if modules_to_save is not None:
+        require_names("modules_to_save", modules_to_save)
     model = unwrapped(model)
     adapter = adapter_of(model, bias, modules_to_save, name)
     _warn_of_shared(model, adapter.factors)
@@ -119,6 +118,14 @@ def load_adapter(
     layers, replacement = lora_layers(model), None
     if not layers and holds_peft_layers(model):
         require_layers(model)  # raises, and says what to do with those
+    if _in_ddp(given) and any(
+        path not in layers or layers[path].r != lora_A.shape[0]
+        for path, (lora_A, _) in adapter.factors.items()
+    ):
+        raise RuntimeError(
+            "DistributedDataParallel averages the gradients of the parameters that it was made "
+            "with: load an adapter of another rank, or a first one, before it"
+        )
     if not layers:
         _check_targets(model, adapter)
     else:
@@ -147,7 +154,7 @@ def load_adapter(
                 "checkpoint first"
             )
     config = adapter.config
-    with written(model, adapter), all_or_nothing(layers.values()):
+    with write_extras(model, adapter), all_or_nothing(layers.values()):
         for path, layer in layers.items():
             layer.set_adapter(
                 *adapter.factors[path],
@@ -173,6 +180,10 @@ def _warn_of_shared(model: nn.Module, paths: Collection[str]) -> None:
             "places, in PEFT in the first alone, so that one file means two things",
             stacklevel=3,
         )
+
+
+def _in_ddp(model: nn.Module) -> bool:
+    return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
 
 
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:
@@ -233,7 +244,7 @@ def adapter_of(
     if packs:
         return _adapter_of_packs(model, packs, name or "default")
     layers = require_layers(model)
-    earlier = brought(model)
+    earlier = extras_of(model)
     bias = earlier.bias if bias is None else bias
     modules_to_save = earlier.modules_to_save if modules_to_save is None else modules_to_save
     for path, layer in layers.items():

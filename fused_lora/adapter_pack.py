@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fused_lora.layer import is_to_empty
-from fused_lora.scale import NOBODY, RANK_PADDING, Adapters
+from fused_lora.functional import check_kinds
+from fused_lora.layer import check_adapter_options, initialise, is_size, is_to_empty
+from fused_lora.scale import NOBODY, RANK_PADDING, Adapters, padded_rank
 
 
 class _Entry(NamedTuple):
@@ -53,7 +55,7 @@ class AdapterPack(nn.Module):
     with momentum goes on moving the columns of an adapter that was removed or replaced: reset its
     state there. One with weight decay moves adapters that had no tokens, too.
 
-    Raises ValueError for sizes below 1.
+    Raises ValueError for sizes below 1, TypeError for a dtype that is not floating.
     """
 
     lora_A: Tensor
@@ -75,12 +77,13 @@ class AdapterPack(nn.Module):
         sizes = {"in_features": in_features, "out_features": out_features}
         sizes |= {"total_rank": total_rank, "max_adapters": max_adapters}
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if not is_size(size):
                 raise ValueError(f"{name} must be an integer of at least 1: got {size!r}")
+        check_adapter_options(r=1, adapter_dtype=dtype)
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.max_adapters = max_adapters
-        self.total_rank = _blocks_of(total_rank) * RANK_PADDING
+        self.in_features, self.out_features = int(in_features), int(out_features)
+        self.max_adapters = int(max_adapters)
+        self.total_rank = padded_rank(int(total_rank))
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.lora_A = nn.Parameter(torch.zeros(self.total_rank, in_features, **factory))
         self.lora_B = nn.Parameter(torch.zeros(out_features, self.total_rank, **factory))
@@ -99,20 +102,21 @@ class AdapterPack(nn.Module):
 
         Raises ValueError, before anything is written, if the name is taken, shapes do not fit, a
         value is not finite (it would leak into the tokens of other adapters), or room is missing;
+        TypeError for a name that is no string or factors that are no floating tensors;
         RuntimeError if accelerate has offloaded the pack or FSDP has sharded it.
         """
-        if name in self._entries:
+        if isinstance(name, str) and name in self._entries:
             raise ValueError(f"there is an adapter {name!r} already: use replace(), or remove() it")
         self.write(name, self.prepare(name, lora_A, lora_B, scaling))
         return self.id(name)
 
     def add_untrained(self, name: str, r: int, *, scaling: float = 1.0) -> int:
         """`add` an adapter as training starts with it: lora_A Kaiming-uniform, lora_B zero."""
-        if r < 1:
-            raise ValueError(f"r must be at least 1: got {r}")
+        check_adapter_options(r=r)
         lora_A = self.lora_A.new_empty(r, self.in_features)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
-        return self.add(name, lora_A, self.lora_B.new_zeros(self.out_features, r), scaling=scaling)
+        lora_B = self.lora_B.new_empty(self.out_features, r)
+        initialise(lora_A, lora_B, True)
+        return self.add(name, lora_A, lora_B, scaling=scaling)
 
     def replace(
         self, name: str, lora_A: Tensor, lora_B: Tensor, *, scaling: float | None = None
@@ -164,26 +168,25 @@ class AdapterPack(nn.Module):
 
     def kept_ids(self, names: Sequence[str | None]) -> Tensor:
         """The same, made once for all packs and calls: nobody may write to it."""
-        numbers = tuple(-1 if name is None else self.id(name) for name in names)
-        return ids_of_samples(numbers, self.owner.device)
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise TypeError(f"expected a list of adapters' names: got {names!r}")
+        ids = tuple(-1 if name is None else self.id(name) for name in names)
+        return ids_of_samples(ids, self.owner.device)
 
     def forward(self) -> CallPack:
         """The pack for one call. A layer calls its pack, as modules are called, for the hooks with
         which accelerate brings what it has offloaded."""
         return CallPack(self.lora_A, self.lora_B, self.owner, self.scaling, self.window)
 
-    def for_tokens(self, ids: Tensor) -> Adapters:
-        """What the operators are told, for ids int32 [M]."""
-        return Adapters(ids, self.owner, self.scaling, self.window)
-
     def require_storage(self) -> None:
         """Raise ValueError if the factors hold no values, RuntimeError if accelerate has offloaded
         them or FSDP has sharded them."""
         if self.owner.is_meta:
             raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
-        if type(self.lora_A).__name__ == "DTensor":
+        managed = getattr(self, "_is_fsdp_managed_module", False)  # torch's own mark
+        if managed or type(self.lora_A).__name__ == "DTensor":
             raise RuntimeError(
-                "the pack is sharded: add, replace, remove and save adapters before fully_shard; "
+                "the pack is sharded: add, replace, remove and save adapters before FSDP; "
                 "torch.distributed.checkpoint.state_dict takes its whole state"
             )
         if self.lora_A.is_meta:
@@ -213,6 +216,7 @@ class AdapterPack(nn.Module):
         )
 
     def _entry(self, name: str) -> _Entry:
+        _check_name(name)
         if name not in self._entries:
             raise KeyError(f"no adapter {name!r} in the pack: name one of {self.names}")
         return self._entries[name]
@@ -220,8 +224,10 @@ class AdapterPack(nn.Module):
     def prepare(self, name: str, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Packed:
         """Check an adapter and find its place, that of the adapter of this name if there is one,
         writing nothing. Raises as `add`."""
-        if not isinstance(name, str):
-            raise ValueError(f"an adapter's name must be a string: got {name!r}")
+        _check_name(name)
+        self.require_storage()
+        check_kinds(((lora_A, "lora_A"),))
+        check_kinds(((lora_B, "lora_B"),))
         if lora_A.dim() != 2 or lora_B.dim() != 2 or lora_A.shape[0] != lora_B.shape[1]:
             raise ValueError(
                 f"adapter {name!r} must be lora_A [r, in] and lora_B [out, r]: got "
@@ -234,7 +240,6 @@ class AdapterPack(nn.Module):
                 f"{tuple(lora_B.shape)}, expected [r, {self.in_features}] and "
                 f"[{self.out_features}, r]: it belongs to a layer of another size"
             )
-        self.require_storage()
         # copies: they may be views of the very columns that `write` clears first
         factors = {
             "lora_A": lora_A.detach().to(self.lora_A, copy=True),
@@ -246,11 +251,15 @@ class AdapterPack(nn.Module):
                     f"{label} of adapter {name!r} holds a value that is not finite in "
                     f"{factor.dtype}: it would leak into the tokens of other adapters; repair it"
                 )
-        if not math.isfinite(scaling):
-            raise ValueError(f"scaling of adapter {name!r} must be finite: got {scaling}")
+        if not isinstance(scaling, numbers.Real) or not math.isfinite(scaling):
+            raise ValueError(
+                f"scaling of adapter {name!r} must be a finite number: got {scaling!r}"
+            )
         held = self._entries.get(name)
         adapter_id = self._free_id() if held is None else held.id
-        blocks = self._allocate(name, _blocks_of(r), () if held is None else held.blocks)
+        blocks = self._allocate(
+            name, padded_rank(r) // RANK_PADDING, () if held is None else held.blocks
+        )
         return Packed(_Entry(adapter_id, r, float(scaling), blocks), **factors)
 
     def packed(self, name: str) -> Packed | None:
@@ -391,8 +400,9 @@ class AdapterPack(nn.Module):
 _BYTES_OF_AN_ENTRY = 64
 
 
-def _blocks_of(r: int) -> int:
-    return -(-r // RANK_PADDING)
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"an adapter's name must be a string: got {name!r}")
 
 
 class CallPack(NamedTuple):
@@ -405,6 +415,7 @@ class CallPack(NamedTuple):
     window: Tensor
 
     def for_tokens(self, ids: Tensor) -> Adapters:
+        """What the operators are told, for ids int32 [M]."""
         return Adapters(ids, self.owner, self.scaling, self.window)
 
 
@@ -413,7 +424,7 @@ def pack_for_call(adapters: Sequence[tuple[Tensor, Tensor, float]]) -> CallPack:
     for one call of `multi_lora_linear`. The factors are copied, so that later changes of theirs do
     not reach this pack, and gradients flow back to them. Finiteness is not checked."""
     ranks = tuple(lora_A.shape[0] for lora_A, _, _ in adapters)
-    pads = [_blocks_of(r) * RANK_PADDING - r for r in ranks]
+    pads = [padded_rank(r) - r for r in ranks]
     lora_A = torch.cat(
         [F.pad(A, (0, 0, 0, pad)) for (A, _, _), pad in zip(adapters, pads, strict=True)]
     )
@@ -431,12 +442,12 @@ def _tables(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """owner, scaling, window. A function of host values alone, nobody writes to what it returns:
     kept, so that a layer's call copies nothing to the device."""
-    total = sum(_blocks_of(r) * RANK_PADDING for r in ranks)
+    total = sum(padded_rank(r) for r in ranks)
     owner: list[int] = []
     factors: list[float] = []
     window: list[tuple[int, int]] = []
     for i, (r, scaling) in enumerate(zip(ranks, scalings, strict=True)):
-        pad = _blocks_of(r) * RANK_PADDING - r
+        pad = padded_rank(r) - r
         window.append((len(owner), len(owner) + r + pad) if r else (total, 0))
         owner += [i] * r + [NOBODY] * pad
         factors += [scaling] * r + [0.0] * pad

@@ -13,6 +13,7 @@ from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import holds_peft_layers
 from fused_lora.multi import MultiLoRALinear
+from fused_lora.places import require_module
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 
 DEFAULT_TOKENS = 4096
@@ -25,8 +26,11 @@ def explain(model_or_layer: nn.Module, x: Tensor | None = None) -> str:
     x [..., in_features] gives the number of tokens, dtype and device that the lines speak of;
     without it, 4096 tokens in the weight's dtype on its device, under autocast in autocast's.
     Nothing is run.
-    Raises ValueError if there is no LoRA layer in the model.
+    Raises ValueError if there is no LoRA layer in the model, TypeError for an x that none takes.
     """
+    require_module(model_or_layer)
+    if x is not None and not (isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0):
+        raise TypeError(f"x must be a floating tensor [..., in_features]: got {x!r}")
     layers = [
         (name, module)
         for name, module in model_or_layer.named_modules()
@@ -97,11 +101,15 @@ def _explain_layer(name: str, layer: FusedLoRALinear | MultiLoRALinear, x: Tenso
     backend = ops.resolve(layer.backend, rows, layer.out_features, r)
     drawn = layer.lora_dropout > 0.0 and layer.training
     if backend == "aten":
-        why = "auto: the faster one by the tables, or nothing is measured"
         if layer.backend == "aten":
             why = "asked for"
         elif unable is not None:
             why = unable.partition(":")[0]
+        elif device.type != "cuda":
+            why = "auto: there is no GPU"
+        else:
+            sizes = (tokens, layer.out_features, layer.in_features, r)
+            _, why = config.choose_backend(config.device_of(device), 8 * dtype.itemsize, *sizes)
         mask = " and the dropout mask" if drawn else ""
         return f"{title}\n  aten, 3 library products{mask} forward ({why})"
     lines = [title]

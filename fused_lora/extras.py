@@ -1,5 +1,5 @@
 """What an adapter file holds beside the factors: trained biases, whole modules, embeddings. Checked
-against a model, written over its own values, and those brought back."""
+against a model, written over its own values, and those put back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_lora.adapter_config import Bias
+from fused_lora.adapter_config import BIASES, Bias
 from fused_lora.adapter_files import (
     PREFIX,
     WEIGHTS_FILE,
@@ -24,12 +24,12 @@ from fused_lora.linear import FusedLoRALinear
 from fused_lora.places import clean_path, module_places
 from fused_lora.targets import whole
 
-_BROUGHT = "_fused_lora_brought"
+_EXTRAS = "_fused_lora_extras"
 
 
-class Brought(NamedTuple):
-    """What the adapter file that was loaded last has brought into a model: the values that it was
-    written over, and how its configuration names it."""
+class Extras(NamedTuple):
+    """What belongs to a model's adapter beside the factors: the values that those of the file that
+    was loaded last were written over, and how a configuration names them."""
 
     originals: dict[str, Tensor]
     bias: Bias
@@ -154,18 +154,27 @@ def require_here(key: str, value: Tensor) -> None:
         )
 
 
-def brought(model: nn.Module) -> Brought:
-    return getattr(model, _BROUGHT, Brought({}, "none", []))
+def extras_of(model: nn.Module) -> Extras:
+    return getattr(model, _EXTRAS, Extras({}, "none", []))
+
+
+def remember_extras(model: nn.Module, bias: Bias, modules_to_save: Sequence[str]) -> None:
+    """Count these biases and modules among the adapter's from now on."""
+    originals, earlier, names = extras_of(model)
+    bias = max(bias, earlier, key=BIASES.index)
+    if bias != "none" or modules_to_save or names:
+        more = [name for name in modules_to_save if name not in names]
+        setattr(model, _EXTRAS, Extras(originals, bias, names + more))
 
 
 @contextlib.contextmanager
-def written(model: nn.Module, adapter: Adapter) -> Iterator[None]:
+def write_extras(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     """Check the extras of the file, write them over the model's own and bring back those that an
     earlier adapter had written; undone if the context fails. Its embeddings are the base's and
     stay."""
     held = held_tensors(model)
     extras, embeddings = _checked_extras(held, adapter), _new_embeddings(model, held, adapter)
-    originals = brought(model).originals
+    originals = extras_of(model).originals
     values = {key: value for key, value in originals.items() if key in held} | extras | embeddings
     kept = {key: held[key].tensor.detach().clone() for key in values}
     try:
@@ -179,7 +188,7 @@ def written(model: nn.Module, adapter: Adapter) -> Iterator[None]:
         paths = {place.path for where in module_places(model).values() for place in where}
         names = adapter.config.modules_to_save or []  # PEFT adds those that a classifier may have
         names = [name for name in names if any(whole([name], path) for path in paths)]
-        setattr(model, _BROUGHT, Brought(remembered, adapter.config.bias, names))
+        setattr(model, _EXTRAS, Extras(remembered, adapter.config.bias, names))
 
 
 def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
@@ -192,12 +201,12 @@ def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
 def originals_back(model: nn.Module) -> Iterator[None]:
     """Within the context the model has the values that an adapter file was written over, frozen, in
     Parameters of their own: what a graph made outside has kept stays as it is."""
-    loaded = [module for module in model.modules() if _BROUGHT in vars(module)]
+    loaded = [module for module in model.modules() if _EXTRAS in vars(module)]
     changed: list[Held] = []
     try:
         for module in loaded:
             held = held_tensors(module)
-            for key, value in brought(module).originals.items():
+            for key, value in extras_of(module).originals.items():
                 if key in held:
                     own = held[key]
                     value = value.to(own.tensor.device, own.tensor.dtype)

@@ -227,8 +227,9 @@ def checked_options(
     """What `LoRALinearFunction` takes as its options: scaling as a number and a tensor, dropout_p,
     a seed where there is dropout (drawn unless given), backend. A refused call draws no seed."""
     check_backend(backend)
-    if not isinstance(dropout_p, (float, int)) or not 0.0 <= dropout_p < 1.0:
+    if not isinstance(dropout_p, (float, numbers.Real)) or not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1): got {dropout_p!r}")
+    dropout_p = float(dropout_p)
     factor, scaling_tensor = 1.0, None
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fused_lora.functional import DTYPES, check_backend
+from fused_lora.functional import DTYPES, check_backend, check_kinds
 
 InitLoRA = bool | Literal["kaiming", "gaussian"]
 _OPTIONS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
@@ -56,11 +56,12 @@ class LoRALayer(nn.Module):
             lora_dropout=lora_dropout,
             use_rslora=use_rslora,
             init_lora_weights=init_lora_weights,
-            adapter_dtype=adapter_dtype,
+            adapter_dtype=adapter_dtype or dtype,
             backend=backend,
         )
         self.in_features, self.out_features = in_features, out_features
-        self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
+        self.r = plain(r)
+        self.lora_alpha, self.lora_dropout = plain(lora_alpha), plain(lora_dropout)
         self.use_rslora, self.init_lora_weights = use_rslora, init_lora_weights
         self.backend = backend
         self.adapter_enabled = True
@@ -199,6 +200,8 @@ class LoRALayer(nn.Module):
                 "or load it by torch.distributed.checkpoint.state_dict"
             )
         self._require_writable()
+        for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
+            check_kinds(((value, name),))
         r = lora_A.shape[0] if lora_A.dim() == 2 else 0
         expected = ((r, self.in_features), (self.out_features, r))
         if r < 1 or (tuple(lora_A.shape), tuple(lora_B.shape)) != expected:
@@ -206,14 +209,8 @@ class LoRALayer(nn.Module):
                 f"lora_A and lora_B must be [r, {self.in_features}] and [{self.out_features}, r]: "
                 f"got {tuple(lora_A.shape)} and {tuple(lora_B.shape)}"
             )
-        for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):
-            if value.dtype not in DTYPES:
-                raise TypeError(
-                    f"{name} has dtype {value.dtype}, expected a floating dtype of 16, 32 or 64 "
-                    "bits: cast it"
-                )
         p = self.lora_dropout if lora_dropout is None else lora_dropout
-        check_adapter_options(r=r, lora_alpha=lora_alpha, lora_dropout=p)
+        check_adapter_options(r=r, lora_alpha=lora_alpha, lora_dropout=p, use_rslora=use_rslora)
         merged_by = self._merge_arguments()
         with torch.inference_mode(False), torch.no_grad():
             given = {}
@@ -230,7 +227,8 @@ class LoRALayer(nn.Module):
                     own.copy_(new)
                 else:
                     setattr(self, name, nn.Parameter(new, requires_grad=own.requires_grad))
-        self.r, self.lora_alpha, self.use_rslora, self.lora_dropout = r, lora_alpha, use_rslora, p
+        self.r, self.use_rslora = r, use_rslora
+        self.lora_alpha, self.lora_dropout = plain(lora_alpha), plain(p)
         self.adapters_ready = True
         if merged_by is not None:
             self.merge(**merged_by)
@@ -350,6 +348,16 @@ def initialise(lora_A: Tensor, lora_B: Tensor, how: InitLoRA) -> None:
         nn.init.zeros_(lora_B)
 
 
+def is_size(n: object) -> bool:
+    """Whether n is an integer of at least 1, of Python or another library, and no bool."""
+    return isinstance(n, numbers.Integral) and not isinstance(n, bool) and int(n) >= 1
+
+
+def plain(number: Any) -> Any:
+    """Python's own int or float of a number, which JSON knows."""
+    return int(number) if isinstance(number, numbers.Integral) else float(number)
+
+
 def check_adapter_options(
     *,
     r: int,
@@ -361,9 +369,10 @@ def check_adapter_options(
     backend: str = "auto",
 ) -> None:
     """Raise ValueError or TypeError for an option that no layer can be made with."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+    if not is_size(r):
         raise ValueError(f"r must be an integer of at least 1: got {r!r}")
-    if not isinstance(lora_alpha, numbers.Real) or not math.isfinite(lora_alpha):
+    real = isinstance(lora_alpha, numbers.Real) and not isinstance(lora_alpha, bool)
+    if not real or not math.isfinite(lora_alpha):
         raise ValueError(f"lora_alpha must be a finite number: got {lora_alpha!r}")
     if not isinstance(lora_dropout, numbers.Real) or not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1): got {lora_dropout!r}")

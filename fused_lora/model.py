@@ -7,6 +7,7 @@ module is touched. A module or weight that the model uses in several places is h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapter_config import BIASES, AdapterConfig, Bias
-from fused_lora.extras import originals_back
+from fused_lora.extras import originals_back, remember_extras, whole_modules
 from fused_lora.layer import InitLoRA, LoRALayer
 from fused_lora.packs import apply_packs
 from fused_lora.places import (
@@ -26,6 +27,8 @@ from fused_lora.places import (
     lora_layers,
     module_places,
     pack_layers,
+    require_module,
+    require_names,
     some,
 )
 from fused_lora.quantized import QuantizedLoRALinear
@@ -72,7 +75,8 @@ def apply_lora(
     Args:
         target_modules: as in PEFT: a list of names, each a whole path or the end of one at a dot;
             a string is a regular expression for the whole path; "all-linear" is every linear layer
-            but the output layer (`model.get_output_embeddings()`).
+            but the output layer (`model.get_output_embeddings()`) or, of a model for sequence or
+            token classification, the head (`score` or `classifier`), which is trained whole.
         exclude_modules: a list or a regular expression of the same kind; wins over target_modules.
         rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha} for single
             layers, matched against the end of the path as PEFT does.
@@ -112,7 +116,11 @@ def apply_lora(
         apply_packs(model, adapters, own, common, total_rank, max_adapters)
         return model
     if total_rank is not None:
-        raise ValueError("total_rank is the room for adapters: give them, or adapters={} for none")
+        raise ValueError(
+            "total_rank is room for `adapters`: pass them too, or adapters={} to start with none"
+        )
+    if r is None or lora_alpha is None:
+        raise ValueError(f"apply_lora needs r and lora_alpha: got r={r}, lora_alpha={lora_alpha}")
     config = AdapterConfig(**own)
     options = {
         path: {"r": config.rank(path), "lora_alpha": config.alpha(path), "use_rslora": use_rslora}
@@ -122,17 +130,28 @@ def apply_lora(
     return model
 
 
-def mark_only_lora_as_trainable(model: nn.Module, bias: Bias = "none") -> None:
-    """Freeze everything but lora_A and lora_B, those of packs too. bias "all" also trains every
-    bias of the model, "lora_only" those of the LoRA layers. Raises ValueError for another bias or
-    no LoRA layer."""
-    packs = [layer.pack for layer in pack_layers(model).values()]
+def mark_only_lora_as_trainable(
+    model: nn.Module, bias: Bias = "none", modules_to_save: Sequence[str] = ()
+) -> None:
+    """Freeze everything but lora_A and lora_B, those of packs too.
+
+    bias: "all" also trains every bias of the model, "lora_only" those of the LoRA layers.
+    modules_to_save: names of modules to be trained whole, a new classifier say: ends of paths, at a
+        dot or not, as PEFT reads them. `save_adapter` saves these and the biases with the adapter.
+    Raises ValueError for another bias, no LoRA layer, or a module that is not there, holds a LoRA
+    layer or is tied to another; then nothing is frozen."""
+    require_names("modules_to_save", modules_to_save)
+    model = unwrapped(model)
+    packed = pack_layers(model)
+    packs = [layer.pack for layer in packed.values()]
     layers = lora_layers(model) if packs else require_layers(model)
     biases = bias_parameters(model, bias)
     adapters = [p for holder in (*layers.values(), *packs) for p in (holder.lora_A, holder.lora_B)]
-    trained = {id(p) for p in (*adapters, *biases.values())}
+    whole = [whole_modules(model, name, [*layers, *packed]).values() for name in modules_to_save]
+    trained = {id(p) for p in (*adapters, *biases.values(), *itertools.chain(*whole))}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+    remember_extras(model, bias, modules_to_save)
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
@@ -140,8 +159,8 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
     the keys of the model itself, without what torch.compile, DDP and checkpoint wrappers put in
     front: `load_state_dict(..., strict=False)` of the model inside them (`_orig_mod`, `module`)
     takes it back. Tensors are not copied. Raises ValueError for another bias or no LoRA layer,
-    RuntimeError for layers whose parameters accelerate has offloaded."""
-    state = {}
+    RuntimeError for layers whose parameters accelerate has offloaded or FSDP1 has sharded."""
+    model, state = unwrapped(model), {}
     for path, layer in require_layers(model).items():
         require_values(path, layer)
         for name in ("lora_A", "lora_B"):
@@ -152,6 +171,7 @@ def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
     """Print how many parameters train, of how many and in per cent; returns the counts. A shared
     parameter counts once, a packed 4-bit one as many as it stands for."""
+    require_module(model)
     sizes = [(parameter.requires_grad, _size(parameter)) for parameter in model.parameters()]
     counts = TrainableParameters(
         sum(size for trains, size in sizes if trains), sum(size for _, size in sizes)
@@ -286,6 +306,7 @@ def holds_peft_layers(model: nn.Module) -> bool:
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside of what data parallelism and torch.compile put around it."""
+    require_module(model)
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             inner: nn.Module | None = model.module

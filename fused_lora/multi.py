@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fused_lora import ops
 from fused_lora.adapter_pack import AdapterPack, CallPack
 from fused_lora.autograd import ANOTHER_BLOCK
 from fused_lora.functional import autocasted, check_tensors, checked_options, run
-from fused_lora.layer import check_adapter_options
+from fused_lora.layer import check_adapter_options, is_size, plain
 from fused_lora.linear import is_conv1d, require_plain
 
 
@@ -60,13 +60,16 @@ def multi_lora_linear(
     Adapters are isolated from each other for finite values: zero times infinity is not zero, so an
     adapter that is not finite spoils its neighbours' tokens, which is why a pack refuses it.
     """
-    return _run(x, weight, pack, adapter_ids, bias, cu_tokens, dropout_p, seed, backend, None)
+    if not isinstance(pack, (AdapterPack, CallPack)):
+        raise TypeError(f"pack is a {type(pack).__name__}, expected an AdapterPack")
+    held = pack() if isinstance(pack, AdapterPack) else pack
+    return _run(x, weight, held, adapter_ids, bias, cu_tokens, dropout_p, seed, backend, None)
 
 
 def _run(
     x: Tensor,
     weight: Tensor,
-    pack: AdapterPack | CallPack,
+    pack: CallPack,
     adapter_ids: Tensor,
     bias: Tensor | None,
     cu_tokens: Tensor | None,
@@ -258,7 +261,7 @@ class MultiLoRALinear(nn.Module):
         self.fan_in_fan_out = is_conv1d(base)
         self.weight = base.weight
         self.out_features, self.in_features = self._matrix().shape
-        self.lora_dropout, self.backend = lora_dropout, backend
+        self.lora_dropout, self.backend = plain(lora_dropout), backend
         self.register_parameter("bias", base.bias)
         self.pack = AdapterPack(
             self.in_features,
@@ -340,15 +343,17 @@ def use_adapters(
             encoder's, and those that are called with num_beams times as many both take them.
 
     Raises ValueError if the model has no MultiLoRALinear, num_beams is below 1 or beams are to be
-    packed by cu_tokens, KeyError for a name that a pack lacks, TypeError for one name in place of a
-    sequence of them; a layer raises RuntimeError if checkpointing computes another block's forward
-    pass again.
+    packed by cu_tokens, KeyError for a name that a pack lacks, TypeError for ids that are neither a
+    tensor nor a sequence of names; a layer raises RuntimeError if checkpointing computes another
+    block's forward pass again.
     """
-    if isinstance(ids, str):
-        raise TypeError(f"ids is the string {ids!r}, expected a list, one name per sequence")
-    if num_beams < 1 or (num_beams > 1 and cu_tokens is not None):
-        reason = "at least 1" if num_beams < 1 else "1 with cu_tokens"
-        raise ValueError(f"num_beams must be {reason}: got {num_beams}")
+    if isinstance(ids, str) or not isinstance(ids, (Tensor, Iterable)):
+        raise TypeError(f"ids is {ids!r}, expected a list, one name per sequence, or a tensor")
+    if not is_size(num_beams) or (num_beams > 1 and cu_tokens is not None):
+        reason = "1 with cu_tokens" if is_size(num_beams) else "an integer of at least 1"
+        raise ValueError(f"num_beams must be {reason}: got {num_beams!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
     layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
@@ -360,6 +365,11 @@ def use_adapters(
         chosen = [_Chosen(ids, beams, cu_tokens, block) for _ in layers]
     else:
         block = ids = tuple(ids)
+        for name in ids:
+            if name is not None and not isinstance(name, str):
+                raise TypeError(
+                    f"ids holds {name!r}, expected names or None: pass numbers as a tensor"
+                )
         repeated = [name for name in ids for _ in range(num_beams)]
         chosen = [
             _Chosen(

@@ -28,7 +28,10 @@ except (ImportError, AttributeError) as error:  # no triton here, or not one we 
     _import_error = str(error)
 
 
-CHECK_IDS = os.environ.get("FUSED_LORA_CHECK_IDS") == "1"
+_given = os.environ.get("FUSED_LORA_CHECK_IDS", "0")
+if _given not in ("0", "1"):
+    raise ValueError(f"FUSED_LORA_CHECK_IDS must be 0 or 1: got {_given!r}")
+CHECK_IDS = _given == "1"
 """Whether adapter ids are checked on a GPU, too: a debugging aid, for it waits for the GPU at every
 call. Unchecked, an id that no adapter has means the base alone. On a CPU ids are always checked."""
 

@@ -37,6 +37,8 @@ def apply_packs(
     max_adapters: int,
 ) -> None:
     """`apply_lora` with `adapters`; own: what each of them may have of its own."""
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must map names to options or folders: got {adapters!r}")
     check_adapter_options(r=1, **common)
     paths = [where[0].path for where in module_places(model).values()]
     plans: dict[str, dict[str, tuple[int, float, tuple[Tensor, Tensor] | None]]] = {}
@@ -53,13 +55,15 @@ def apply_packs(
                 path: (config.rank(path), config.scaling(path), None)
                 for path in checked_targets(model, config, common)
             }
-        else:
+        elif isinstance(given, (str, os.PathLike)):
             adapter = read_adapter(Path(given))
             require_same_embeddings(model, adapter)
             loaded = adapter.for_packs("modules of the model", paths)
             plans[name] = {
                 path: (len(A), scaling, (A, B)) for path, (A, B, scaling) in loaded.items()
             }
+        else:
+            raise TypeError(f"adapters[{name!r}] must be options or a folder: got {given!r}")
     rooms = Counter[str]()
     for plan in plans.values():
         rooms.update({path: padded_rank(r) for path, (r, _, _) in plan.items()})

@@ -47,6 +47,10 @@ _READERS = {
 }
 
 
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
+_HEADS = ("score", "classifier")
+
+
 class Place(NamedTuple):
     """Where a module hangs: `parent.name` is the module, `path` is how the model calls it."""
 
@@ -55,8 +59,23 @@ class Place(NamedTuple):
     path: str
 
 
+def require_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+
+
+def require_names(label: str, names: object) -> None:
+    """Raise TypeError unless this is a sequence of strings, and not one string."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"{label} must be a list of names: got {names!r}")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"{label} holds {name!r}, expected names")
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """{path: LoRA layer}, each layer once, under the first of its paths."""
+    require_module(model)
     return {
         clean_path(path): module
         for path, module in model.named_modules()
@@ -66,6 +85,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def pack_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
     """{path: layer with a pack of adapters}, as `lora_layers`."""
+    require_module(model)
     return {
         clean_path(path): module
         for path, module in model.named_modules()
@@ -83,18 +103,21 @@ def find_targets(
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
 ) -> list[str]:
-    """Paths of the modules that are targeted, as `apply_lora` says. Raises ValueError if none."""
+    """Paths of the modules that are targeted, as `apply_lora` says. Raises ValueError if none,
+    TypeError for what is neither names nor an expression."""
+    for label, names in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        if names is not None and not isinstance(names, str):
+            require_names(label, names)
     places = module_places(model)
     excluded = exclude_modules or []
     found = []
-    embeddings = getattr(model, "get_output_embeddings", None)
-    output = embeddings() if callable(embeddings) else None
+    last = _last_modules(model)
     for module, where in places.items():
         paths = [place.path for place in where]
         if any(named(excluded, path) for path in paths):
             continue
         if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-            if module is not output and _is_linear(module):
+            if module not in last and _is_linear(module):
                 found.append(paths[0])
         elif any(named(target_modules, path) for path in paths):
             found.append(paths[0])
@@ -102,12 +125,24 @@ def find_targets(
         linears = [where[0].path for m, where in places.items() if _is_linear(m)]
         adapted = [*lora_layers(model), *pack_layers(model)]
         also = f"; adapters have {some(adapted)} already" if adapted else ""
+        if _is_linear(model):
+            also = "; it is one itself, of which FusedLoRALinear.from_linear makes a LoRA layer"
         raise ValueError(
             f"target_modules={_brief(target_modules)} (exclude_modules={_brief(excluded)}) fits no "
             f"module of {type(model).__name__}: a list holds ends of paths, a string is a regular "
             f"expression for a whole path; its linear layers are {some(linears) or 'none'}{also}"
         )
     return found
+
+
+def _last_modules(model: nn.Module) -> set[nn.Module]:
+    """What "all-linear" leaves out, as PEFT does: the output layer of a transformers model, and the
+    head of a classifier, which is trained whole since it starts from random values."""
+    embeddings = getattr(model, "get_output_embeddings", None)
+    output = embeddings() if callable(embeddings) else None
+    if output is None and type(model).__name__.endswith(_CLASSIFIERS):
+        output = next((head for name in _HEADS if (head := getattr(model, name, None))), None)
+    return set(output.modules()) if output is not None else set()
 
 
 def checked_targets(
@@ -120,18 +155,23 @@ def checked_targets(
             "'all-linear'"
         )
     targets = find_targets(model, config.target_modules, config.exclude_modules)
-    if not isinstance(config.target_modules, str):
-        places = module_places(model).values()
-        paths = [place.path for where in places for place in where]
-        idle = [n for n in config.target_modules if not any(named([n], path) for path in paths)]
+    for label in ("target_modules", "exclude_modules"):
+        names = getattr(config, label)
+        if names is None or isinstance(names, str):
+            continue
+        paths = [place.path for where in module_places(model).values() for place in where]
+        idle = [name for name in names if not any(named([name], path) for path in paths)]
         if idle:
             warnings.warn(
-                f"target_modules has {some(idle)}, which no module of {type(model).__name__} is "
-                "called (the experts of a mixture are often one tensor)",
+                f"{label} has {some(idle)}, which no module of {type(model).__name__} is called "
+                "(the experts of a mixture are often one tensor)",
                 stacklevel=4,
             )
     for kind in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, kind)
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"{kind} must map names to values: got {patterns!r}")
+        require_names(f"{kind}'s keys", list(patterns))
         used = {match_pattern(patterns, path) for path in targets}
         for unused in [key for key in patterns if key not in used]:
             raise ValueError(
@@ -158,6 +198,11 @@ class Replacement:
     def __init__(
         self, model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, packs: bool = False
     ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise TypeError(
+                "DistributedDataParallel averages the gradients of the parameters that it was made "
+                "with: put the adapters into model.module, and wrap that anew"
+            )
         self._places = module_places(model)
         owners = {place.path: m for m, where in self._places.items() for place in where}
         modules = {path: owners[path] for path in options}
@@ -193,6 +238,7 @@ class Replacement:
 
 def module_places(model: nn.Module) -> dict[nn.Module, list[Place]]:
     """Every place of every module below `model`, in the order of named_modules."""
+    require_module(model)
     places: dict[nn.Module, list[Place]] = {}
     for path, parent in model.named_modules(remove_duplicate=False):
         for name, child in parent._modules.items():  # named_children leaves out a second name

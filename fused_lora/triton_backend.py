@@ -288,7 +288,7 @@ def _pack(
 def choose_backend(x: Tensor, N: int, r: int) -> str:
     """ "triton" or "aten" for a layer input x [M, K] on a GPU, with N outputs and rank r."""
     device = config.device_of(x.device)
-    return config.choose_backend(device, bits_of(x), x.shape[0], N, x.shape[1], r)
+    return config.choose_backend(device, bits_of(x), x.shape[0], N, x.shape[1], r)[0]
 
 
 def _readable_in_words(bits: Tensor) -> Tensor:

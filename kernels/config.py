@@ -30,6 +30,8 @@ PATHS = ("hopper", "pdl", "portable", "single", "decode")
 FORCED: str | Product = os.environ.get("FUSED_LORA_PATH", "auto")
 """What `choose_product` is to answer: "auto", by the tables and the rules; a path, wherever it can
 run; or, for the benchmarks, this very plan."""
+if FORCED not in ("auto", *PATHS):
+    raise ValueError(f"FUSED_LORA_PATH must be auto or one of {PATHS}: got {FORCED!r}")
 
 MAX_SINGLE_RANK = 64
 # (tokens, rank) that one tile of decode holds, by the dtype's bits: fp32 has half the registers
@@ -379,11 +381,18 @@ def _hopper(
 def _path(
     forced: str, device: Device, bits: int, M: int, N: int, r: int, can: dict[str, bool]
 ) -> tuple[str, str]:
-    if forced != "auto":
-        if forced not in PATHS:
-            raise ValueError(f"FUSED_LORA_PATH must be auto or one of {PATHS}: got {forced!r}")
-        if can[forced]:
-            return forced, f"forced by FUSED_LORA_PATH={forced}"
+    """The path that is forced, if it can run, else what the rules prefer, and why."""
+    if forced == "auto":
+        return _preferred(device, bits, M, N, r, can)
+    if can[forced]:
+        return forced, f"forced by FUSED_LORA_PATH={forced}"
+    path, reason = _preferred(device, bits, M, N, r, can)
+    return path, f"{reason}; FUSED_LORA_PATH={forced} cannot run here"
+
+
+def _preferred(
+    device: Device, bits: int, M: int, N: int, r: int, can: dict[str, bool]
+) -> tuple[str, str]:
     if can["decode"]:
         few = _defaults("matmul_few", device, bits)
         tiles = max((cdiv(N, c.BLOCK_N) for c in few), default=0)
@@ -478,15 +487,17 @@ def rank_grad_splits(device: Device, column_tiles: int, M: int, config: RankGrad
 
 
 @functools.lru_cache(maxsize=65536)
-def choose_backend(device: Device, bits: int, M: int, N: int, K: int, r: int) -> str:
-    """ "triton" or "aten" for backend="auto" on a GPU.
+def choose_backend(device: Device, bits: int, M: int, N: int, K: int, r: int) -> tuple[str, str]:
+    """ "triton" or "aten" for backend="auto" on a GPU, and why.
 
     Where nothing is measured: triton for 16-bit dtypes on Hopper and datacentre Blackwell, whose
     kernel this library is built around; aten elsewhere, three library products.
     """
     if bits != 16:
-        return "aten"
+        return "aten", "auto: the kernels are built around 16-bit dtypes"
     measured = tuned(device.name, triton_minor()).get(("backend", bits, tuned_tokens(M), N, K, r))
     if measured is not None:
-        return measured
-    return "triton" if has_descriptors(device) else "aten"
+        return measured, "auto: the faster one as measured on this GPU"
+    if has_descriptors(device):
+        return "triton", "auto: the kernels are built around this architecture"
+    return "aten", "auto: the kernels are built around Hopper, nothing is measured on this GPU"

@@ -196,7 +196,7 @@ def test_what_cannot_be_saved_is_refused_and_the_last_save_stays(tmp_path):
     model = trained()
     save_adapter(model, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=r"bias must be one of none, all, lora_only: got 'some'"):
+    with pytest.raises(ValueError, match=r"bias must be one of none, lora_only, all: got 'some'"):
         save_adapter(model, tmp_path, bias="some")
     with pytest.raises(ValueError, match=r"modules_to_save has 'nope'.*the model has none"):
         save_adapter(model, tmp_path, modules_to_save=["nope"])

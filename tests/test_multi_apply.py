@@ -205,9 +205,9 @@ def test_a_compiled_model_takes_other_ids_without_compiling_again():
 REFUSED = {
     # the call, then what is raised and said
     "nothing to hold": ({"adapters": {}}, ValueError, "adapters is empty: give total_rank"),
-    "room without adapters": ({"total_rank": 16}, ValueError, "total_rank is the room for"),
+    "room without adapters": ({"total_rank": 16}, ValueError, "total_rank is room for `adapters`"),
     "no rank": ({"r": None, "adapters": {"a": {}}}, ValueError, "r must be an integer"),
-    "no rank, no adapters": ({"r": None}, ValueError, "r must be an integer"),
+    "no rank, no adapters": ({"r": None}, ValueError, "apply_lora needs r and lora_alpha"),
     "no alpha": ({"lora_alpha": None, "adapters": {"a": {}}}, ValueError, "lora_alpha must be"),
     "a name that no folder has": (
         {"adapters": {"team/a": {}}},

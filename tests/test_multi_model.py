@@ -231,7 +231,7 @@ def test_the_operators_pass_opcheck(backend, device):
     batch = make_batch(9, N, K, (8, 3), FP32, make_ids("uniform", "shuffled", 9, 2), device)
     pack, seed = make_pack(batch), torch.tensor(1, device=device)
     tensors = [t.detach() for t in (batch.x, batch.weight, pack.lora_A, pack.lora_B)]
-    tables = pack.for_tokens(batch.ids)
+    tables = pack().for_tokens(batch.ids)
     arguments = (*tensors, batch.bias, 1.0, None, 0.25, seed, tables, backend, True)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.forward, arguments, test_utils=tests)

@@ -153,10 +153,14 @@ def test_names_and_room_are_checked():
     for call, error, message in (
         (lambda: pack.add("a", *factors(8)), ValueError, "already: use replace"),
         (lambda: pack.add("b", *factors(8)), ValueError, "holds 1 adapters, as many as it may"),
-        (lambda: pack.replace("a", *factors(8), scaling=torch.inf), ValueError, "must be finite"),
+        (
+            lambda: pack.replace("a", *factors(8), scaling=torch.inf),
+            ValueError,
+            "be a finite number",
+        ),
         (lambda: pack.remove("b"), KeyError, "no adapter 'b' in the pack: name one of"),
         (lambda: pack.ids(["a", "b"]), KeyError, "no adapter 'b'"),
-        (lambda: pack.add_untrained("b", 0), ValueError, "r must be at least 1"),
+        (lambda: pack.add_untrained("b", 0), ValueError, "r must be an integer of at least 1"),
         (
             lambda: AdapterPack(K, N, total_rank=0),
             ValueError,
