@@ -1,7 +1,7 @@
-"""Result file -> text table, README table, picture. Reads only what the JSON holds.
+"""Result file -> text table, table of the documents, picture. Reads only what the JSON holds.
 
 python benchmarks/report.py benchmarks/results/latency-cpu-2026-01-31.json              table
-python benchmarks/report.py benchmarks/results/latency-cpu-2026-01-31.json --markdown   README
+python benchmarks/report.py benchmarks/results/latency-cpu-2026-01-31.json --markdown   documents
 python benchmarks/report.py benchmarks/results/latency-cpu-2026-01-31.json --plot x.png
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,14 @@ def text(meta: dict[str, Any], rows: list[Row]) -> str:
     return "\n\n".join([header(meta), *tables, loss_list(rows)])
 
 
-def markdown(meta: dict[str, Any], rows: list[Row]) -> str:
-    """The README's table, a line for each mode and shape, and every case fused loses."""
+def markdown(meta: dict[str, Any], rows: list[Row], tokens: Sequence[int] = ()) -> str:
+    """The table of the documents, a line for each mode and shape, of these many tokens or of any,
+    and, of all, every case fused loses."""
     groups = {
         case: group
         for case, group in results.by_case(rows).items()
-        if all(name in group and group[name].p50_us is not None for name in (FUSED, MERGED))
+        if (not tokens or case.M in tokens)
+        and all(name in group and group[name].p50_us is not None for name in (FUSED, MERGED))
     }
     ranks = sorted({case.r for case in groups})
     shapes: dict[tuple, dict[int, dict[str, Row]]] = {}
@@ -260,14 +263,20 @@ def _number(value: float | None, spec: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, help="a JSON file written by latency.py")
-    parser.add_argument("--markdown", action="store_true", help="print the README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the documents' table")
+    parser.add_argument(
+        "--tokens",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[],
+        help="with --markdown, the lines of these numbers of tokens alone: 8192,64",
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the picture instead")
     args = parser.parse_args()
     meta, rows = results.load(args.file)
     if args.plot:
         plot(meta, rows, args.plot)
     else:
-        print(markdown(meta, rows) if args.markdown else text(meta, rows))
+        print(markdown(meta, rows, args.tokens) if args.markdown else text(meta, rows))
 
 
 if __name__ == "__main__":

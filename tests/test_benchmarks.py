@@ -242,11 +242,15 @@ def test_who_cannot_differ_is_compared_only_if_asked_for(bench):
     assert "fused (delta)" in everybody(CPU, "float32", "nf4")
 
 
-def test_the_readme_shows_the_report_of_the_file_it_names(bench):
-    readme = (ROOT / "README.md").read_text()
-    (name,) = set(re.findall(r"benchmarks/results/(latency-nvidia-\S+?\.json)", readme))
-    report = bench.report.markdown(*bench.results.load(FOLDER / "results" / name))
-    assert report in readme
+@pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
+def test_documents_show_the_reports_of_the_files_they_name(document, bench):
+    text = (ROOT / document).read_text()
+    names = set(re.findall(r"benchmarks/results/(latency-nvidia-\S+?\.json)", text))
+    chosen = re.findall(r"--markdown --tokens ([\d,]+)", text)
+    tokens = [int(part) for part in chosen[0].split(",")] if chosen else ()
+    assert len(names) == (1 if chosen else 2)
+    for name in names:
+        assert bench.report.markdown(*bench.results.load(FOLDER / "results" / name), tokens) in text
 
 
 def test_losses_are_exactly_the_rows_slower_than_the_fastest_baseline_beyond_noise(bench):
