@@ -22,16 +22,17 @@ from fused_lora.kernels.tape import recording
 OPTIONS = {"enable_fp_fusion": True}
 
 
-def launch(kernel, grid, tensors, integers, floats, constexprs, config, *, pdl=False) -> None:
-    """Run `kernel(*tensors, *integers, *floats, *constexprs)` on the current device and stream.
+def launch(kernel, grid, config, *, pdl=False, **given) -> None:
+    """Run a kernel on the current device and stream.
 
-    tensors: torch tensors, None, (tensor, block_shape) for a tensor descriptor, or (tensor,
-    block_shape, layout) for one of a Gluon kernel.
     config: carries num_warps and num_stages. pdl: programmatic dependent launch.
+    given: all of the kernel's arguments by name. A tuple (tensor, block_shape) becomes a tensor
+    descriptor, (tensor, block_shape, layout) one of a Gluon kernel.
     """
     options = options_of(config, pdl)
-    arguments = [_descriptor(*t) if type(t) is tuple else t for t in tensors]
-    arguments += [*integers, *floats, *constexprs]
+    ordered = [given.pop(name) for name in kernel.arg_names]
+    assert not given, f"{kernel.__name__} has no {', '.join(given)}"
+    arguments = [_descriptor(*value) if type(value) is tuple else value for value in ordered]
     compiled = run(kernel, grid, arguments, options)
     tape = recording()
     if tape is not None:

@@ -56,15 +56,14 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def compile_launch(target, kernel, tensors, integers, floats, constexprs, tiles, pdl):
+def compile_launch(target, kernel, tiles, given, pdl):
     """The compiled kernel that `launch` would run on `target` for these arguments."""
     signature, constants, attributes = {}, {}, {}
-    scalars = (*integers, *floats)
     unspecialized = set(kernel.do_not_specialize)
-    for index, (name, value) in enumerate(
-        zip(kernel.arg_names, (*tensors, *scalars, *constexprs), strict=True)
-    ):
-        if index >= len(tensors) + len(scalars) or value is None:
+    assert set(given) == set(kernel.arg_names)
+    for index, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = given[name]
+        if parameter.is_constexpr or value is None:
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, tuple):
             base, block, *layout = value
@@ -349,8 +348,8 @@ def facts_of(target: str, only: str = "") -> dict:
     pending: list = []
     portable = (shrink, matmul, matmul_descriptor, rank_grad, decode)
     for module in (*portable, matmul_hopper, shrink_dropout):
-        module.launch = lambda kernel, grid, *arguments, pdl=False: pending.append(
-            (kernel, *arguments, pdl)
+        module.launch = lambda kernel, grid, config, *, pdl=False, **given: pending.append(
+            (kernel, config, given, pdl)
         )
     shipped = (f"{bits}-bit {name}" for bits in (16, 32) for name in launches(part, bits))
     for name in ragged_launches.launches(part) if ragged else shipped:
@@ -366,7 +365,7 @@ def facts_of(target: str, only: str = "") -> dict:
         if ragged:
             facts[case] = {"undefined_registers": undefined_registers(listing(compiled))}
             continue
-        facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[5])}
+        facts[case] = {"shared": compiled.metadata.shared, "config": vars(arguments[1])}
         facts[case]["chained_products"] = chained_products(compiled)
         if gpu.backend == "hip":
             facts[case] |= hip_facts(compiled)

@@ -96,7 +96,7 @@ def test_the_matmul_waits_for_a_delayed_shrink(name):
 def test_without_the_wait_the_delayed_shrink_is_noticed(name, monkeypatch):
     """The control: launched early but never waiting, it must read the NaNs."""
     early = functools.partial(launch, pdl=True)
-    monkeypatch.setattr(_matmul(name)[0], "launch", lambda *arguments, pdl: early(*arguments))
+    monkeypatch.setattr(_matmul(name)[0], "launch", lambda *a, pdl, **given: early(*a, **given))
     y, _ = _behind_a_slow_shrink(name, pdl=False)
     assert y.isnan().any()
 

@@ -53,10 +53,11 @@ def test_launches_depend_on_shapes_alone_and_nothing_waits_for_the_host(
     taken, launched = force(path), []
     monkeypatch.setattr(ops, "_checked", lambda given: Adapters(*given))  # as a GPU has it
 
-    def noted(launch, kernel, grid, tensors, *rest, **options):
-        launched.append((kernel, grid, *rest, options))
+    def noted(launch, kernel, grid, config, **given):
+        numbers = {n: v for n, v in given.items() if not isinstance(v, (torch.Tensor, tuple))}
+        launched.append((kernel, grid, config, numbers))
         with _disable_current_modes():  # what the interpreter does on its own
-            launch(kernel, grid, tensors, *rest, **options)
+            launch(kernel, grid, config, **given)
 
     for module in KERNELS:
         monkeypatch.setattr(module, "launch", partial(noted, module.launch))
