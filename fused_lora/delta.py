@@ -7,6 +7,7 @@ with the same dropout mask for the same seed; one library product then reads and
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fused_lora import dropout, ops
 from fused_lora.autograd import Gradients, differentiable_once
-from fused_lora.functional import check_kinds, checked_options, require_seen_through
+from fused_lora.functional import (
+    check_kinds,
+    checked_options,
+    is_tracked,
+    require_seen_through,
+)
 from fused_lora.scale import Scale, padded_rank
 
 
@@ -65,7 +71,9 @@ def lora_delta(
     rows = x.to(base_output.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [M, K]
     if torch.compiler.is_exporting():  # which calls whatever a Function does a constant
         return delta(base_output, rows, lora_A, lora_B, *options, False)[0]
-    return _LoRADelta.apply(base_output, rows, lora_A, lora_B, *options, in_place, False)
+    tensors = (base_output, rows, lora_A, lora_B)
+    with contextlib.nullcontext() if any(map(is_tracked, tensors)) else torch.no_grad():
+        return _LoRADelta.apply(*tensors, *options, in_place, False)
 
 
 class _LoRADelta(torch.autograd.Function):

@@ -75,11 +75,11 @@ def run(
     W [N, K], of a packed weight; block: see `LoRALinearFunction`."""
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [M, K]
     wants_grad = torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or weight.requires_grad
-        or (bias is not None and bias.requires_grad)
+        is_tracked(x)
+        or is_tracked(lora_A)
+        or is_tracked(lora_B)
+        or is_tracked(weight)
+        or (bias is not None and is_tracked(bias))
     )
     if not torch.compiler.is_compiling():
         require_seen_through(wants_grad)
@@ -109,6 +109,11 @@ def run(
     shape = (*x.shape[:-1], lora_B.shape[0])
     # a view that is made without gradients could not be written to with them
     return y.view(shape) if wants_grad else torch.ops.aten._unsafe_view.default(y, shape)
+
+
+def is_tracked(tensor: Tensor) -> bool:
+    """Whether autograd follows it; it passes over what was made in inference mode."""
+    return tensor.requires_grad and (torch.compiler.is_compiling() or not tensor.is_inference())
 
 
 def require_seen_through(recorded: bool) -> None:

@@ -153,15 +153,18 @@ def transformed() -> bool:
 def call(operator: OpOverload, *arguments: Any) -> Any:
     """`operator(*arguments)`; past the dispatcher, which takes as long as the launches, where
     nobody watches it."""
-    return (operator if _watched(arguments) else _kernels[operator])(*arguments)
+    if not _watched(arguments):
+        return _kernels[operator](*arguments)
+    backward = type(arguments[-1]) is str  # the backend comes last there
+    if backward and not torch.compiler.is_compiling() and _is_batched(arguments[0]):
+        return _kernels[operator](*arguments[:-1], "aten")  # library products have rules for it
+    return operator(*arguments)
 
 
 def _watched(arguments: tuple[Any, ...]) -> bool:
     """Whether there is a compiler, mode, transform, trace, profiler, tensor subclass or meta device
     that must see the operator, or a lazy sign, which the dispatcher resolves."""
-    first, second, third, fourth = arguments[
-        :4
-    ]  # tensors of every operator; the second may be None
+    first, second, third, fourth = arguments[:4]  # tensors of all operators; the second or None
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -174,10 +177,12 @@ def _watched(arguments: tuple[Any, ...]) -> bool:
         or (second is not None and second.is_neg())
         or third.is_neg()
         or fourth.is_neg()
-        or torch._C._functorch.is_legacy_batchedtensor(first)
+        or _is_batched(first)
     )
 
 
+# a gradient of torch.autograd.grad(is_grads_batched=True), several in one
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _UNWATCHED = {Tensor, nn.Parameter, bool, int, float, str, list, tuple, type(None)}
 
 forward = define(

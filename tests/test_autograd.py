@@ -13,6 +13,7 @@ from both_backends import K, M, N, R, trainable
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_lora import ops, reference
+from fused_lora.delta import lora_delta
 
 make, inputs = both_backends.make, both_backends.inputs
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # fp32 sums in another order
@@ -133,6 +134,34 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(make, inputs, context):
     with Recorder() as calls:
         assert not layer(x.detach()).requires_grad
     assert [call[-1] for call in calls.forward] == [False]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_batched_gradients_are_those_one_by_one(make, inputs, dropout):
+    layer, x = make(lora_dropout=dropout), inputs()
+    y = layer(x)
+    wanted = [x, *trainable(layer)]
+    dys = torch.randn(4, *y.shape, device=y.device)
+    one = [torch.autograd.grad(y, wanted, dy, retain_graph=True) for dy in dys]
+    for mine, each in zip(
+        torch.autograd.grad(y, wanted, dys, is_grads_batched=True),
+        zip(*one, strict=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, torch.stack(each), **CLOSE)
+
+
+def test_what_was_made_in_inference_mode_is_run_as_torch_does(make, inputs):
+    with torch.inference_mode():
+        layer = make()
+    y = layer(inputs(requires_grad=False))
+    assert not y.requires_grad
+    x = inputs(requires_grad=False)
+    base = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    options = {"scaling": layer.scaling, "backend": layer.backend}
+    out = lora_delta(base, x, layer.lora_A, layer.lora_B, **options)
+    torch.testing.assert_close(out, y, **CLOSE)
+    assert not out.requires_grad
 
 
 # --- graphs

@@ -265,3 +265,14 @@ def test_mistakes_are_refused_in_words(change, error, message):
     }
     with pytest.raises(error, match=message):
         lora_delta(**arguments | change)
+
+
+def test_batched_gradients_are_those_one_by_one():
+    case = testing.make_case(9, 10, 12, 4, torch.float64)
+    leaves = [t.requires_grad_() for t in (case.x, case.lora_A, case.lora_B)]
+    out = lora_delta(torch.zeros(9, 10, dtype=torch.float64), *leaves, dropout_p=0.5, seed=seed())
+    dys = torch.randn(3, *out.shape, dtype=torch.float64)
+    one = [torch.autograd.grad(out, leaves, dy, retain_graph=True) for dy in dys]
+    many = torch.autograd.grad(out, leaves, dys, is_grads_batched=True)
+    for mine, each in zip(many, zip(*one, strict=True), strict=True):
+        torch.testing.assert_close(mine, torch.stack(each))
