@@ -19,6 +19,7 @@ from fused_lora.linear import FusedLoRALinear, is_conv1d
 from fused_lora.multi import MultiLoRALinear
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 from fused_lora.targets import match_pattern, named
+from fused_lora.weight_readers import READERS, weights_read_in
 
 # what torch.compile, activation checkpointing and FullyShardedDataParallel put into a path
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
@@ -30,21 +31,6 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
-
-
-# modules of transformers, and those of their linear layers whose weight they read themselves, at
-# least where their kernels are installed
-_READERS = {
-    **dict.fromkeys(("MambaMixer", "FalconMambaMixer"), ("x_proj", "dt_proj", "out_proj")),
-    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer"), ("out_proj",)),
-    **dict.fromkeys(("NemotronHMamba2Mixer", "Zamba2MambaMixer"), ("out_proj",)),
-    "GraniteMoeHybridMambaLayer": ("out_proj",),
-    "JambaMambaMixer": ("dt_proj",),
-    "WavLMAttention": ("q_proj", "k_proj", "v_proj", "out_proj"),
-    **dict.fromkeys(("DetrMHAttentionMap", "ConditionalDetrMHAttentionMap"), ("k_proj",)),
-    "DabDetrMHAttentionMap": ("k_linear",),
-    "MaskFormerDetrMHAttentionMap": ("k_proj",),
-}
 
 
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
@@ -177,6 +163,15 @@ def checked_targets(
             raise ValueError(
                 f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
             )
+    embeddings = getattr(model, "get_output_embeddings", None)
+    output = embeddings() if callable(embeddings) else None
+    for path in targets if output is not None else ():
+        if model.get_submodule(path) is output:
+            warnings.warn(
+                f"{path} is the output layer: losses that read its weight, as TRL's and Liger's "
+                "do, leave its adapter out and never train it",
+                stacklevel=4,
+            )
     for path in targets:
         check_adapter_options(
             r=config.rank(path),
@@ -210,6 +205,13 @@ class Replacement:
             reason = _why_not(module, self._places[module], owners, packs)
             if reason is not None:
                 raise TypeError(f"{path} ({type(module).__name__}) cannot take LoRA: {reason}")
+        for parent, name, path in (place for m in modules.values() for place in self._places[m]):
+            if name in weights_read_in(type(parent)):  # type: ignore[arg-type]
+                warnings.warn(
+                    f"{type(parent).__name__} reads {name}.weight itself: where it does, the "
+                    f"adapter of {path} is left out",
+                    stacklevel=3,
+                )
         self._modules = modules
         trained = {path: _requires_grad(module) for path, module in modules.items()}
         self.layers: dict[str, Any] = {}
@@ -262,7 +264,7 @@ def _why_not(
         return "it has a pack of adapters already; load_adapter() adds one to it"
     for parent, name, path in where:
         attention = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-        if attention or name in _READERS.get(type(parent).__name__, ()):
+        if attention or name in READERS.get(type(parent).__name__, ()):
             return (
                 f"{type(parent).__name__} reads {name}.weight itself and would leave the adapter "
                 "out; name it in exclude_modules"

@@ -147,6 +147,50 @@ def test_hooks_on_every_module_send_calls_to_peft():
     assert fused.call_counts(model) == {"full": 0, "delta": 0, "peft": 2}
 
 
+@pytest.mark.parametrize("what", ["nn.Linear.forward", "F.linear"])
+def test_what_replaces_all_linear_layers_reaches_those_of_peft(what, monkeypatch):
+    model, x = adapted(), torch.randn(5, FIRST[0])
+    expected = model(x)
+    fused.patch(model)
+    linear, forward = nn.functional.linear, nn.Linear.forward
+    if what == "F.linear":
+        monkeypatch.setattr(nn.functional, "linear", lambda *given: linear(*given) * 2)
+    else:
+        monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) * 2)
+    y = model(x)
+    assert fused.call_counts(model) == {"full": 0, "delta": 0, "peft": 2}
+    fused.unpatch(model)
+    assert torch.equal(y, model(x)) and not torch.allclose(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compute_dtype", ["base", "peft"])
+def test_a_base_that_computes_in_a_narrower_dtype_does_not_narrow_the_adapter(dtype, compute_dtype):
+    class Narrow(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x.clamp(-9, 9).to(dtype), self.weight.to(dtype))
+
+    tiny = Tiny()
+    tiny.first = Narrow(*FIRST, bias=False)
+    model, x = adapted(tiny, target_modules=["first"]), torch.randn(5, FIRST[0]) * 1e5
+    layer = lora_layer(model)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.mul_(1e-4)
+    expected = layer(x)
+    fused.patch(model, compute_dtype=compute_dtype)
+    assert expected.isfinite().all() and torch.equal(layer(x), expected)
+
+
+def test_a_forward_that_is_replaced_after_patch_is_not_said_to_be_fused():
+    model = adapted()
+    fused.patch(model)
+    lora_layer(model).forward = lambda x: x
+    assert "its forward was replaced on the instance" in fused.explain(model).splitlines()[0]
+    assert fused.patch(model).left == {
+        "base_model.model.first": "its forward was replaced on the instance"
+    }
+
+
 @pytest.mark.parametrize(("unit", "path"), [("block", "full"), ("leaf", "peft")])
 def test_fsdp2_by_block_is_fused_and_by_leaf_left_to_peft(unit, path):
     import torch.distributed as dist
@@ -184,12 +228,12 @@ def test_the_report_says_what_was_fused_and_what_was_not():
     assert report.fused == ("base_model.model.first",)
     assert report.left == {
         "base_model.model.embedding": "lora.Embedding has no fused class",
-        "base_model.model.replaced": "its forward was replaced on the instance before patch",
+        "base_model.model.replaced": "its forward was replaced on the instance",
     }
     assert str(report).splitlines() == [
         "fused-lora: 1 of 3 LoRA layers patched",
         "  1 left to PEFT: lora.Embedding has no fused class",
-        "  1 left to PEFT: its forward was replaced on the instance before patch",
+        "  1 left to PEFT: its forward was replaced on the instance",
     ]
     assert fused.patch(model).fused == report.fused
 

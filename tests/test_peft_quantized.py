@@ -188,3 +188,25 @@ def test_bitsandbytes_is_not_imported_where_peft_has_not(monkeypatch):
     monkeypatch.delattr(integrations, "peft_bnb", raising=False)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # importing it raises
     assert len(fused.patch(model).fused) == 2
+
+
+@pytest.mark.parametrize("parts", ["whole", "factors"])
+def test_adapters_that_are_quantised_themselves_are_left_to_peft(parts):
+    quantization = pytest.importorskip("torchao.quantization")
+    model, x = (
+        adapted(target_modules=["first"]).eval().requires_grad_(False),
+        torch.randn(5, FIRST[0]),
+    )
+    fused.patch(model)
+    chosen = (lambda m, name: type(m) is torch.nn.Linear) if parts == "whole" else None
+    if parts == "factors":
+        chosen = lambda m, name: "lora_" in name and type(m) is torch.nn.Linear  # noqa: E731
+    try:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), chosen)
+    except (RuntimeError, ImportError) as error:
+        pytest.skip(f"torchao cannot quantise here: {error}")
+    layer = lora_layer(model)
+    y = layer(x)
+    assert "peft (lora_A is a " in fused.explain(layer)
+    fused.unpatch(layer)
+    assert torch.equal(y, layer(x))

@@ -22,10 +22,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import layer as lora
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from fused_lora import ops
@@ -44,6 +46,8 @@ BASE_ALONE = "__base__"
 FULL_BASES = (nn.Linear, Conv1D)
 FRESH_BASES: set[type] = {nn.Linear}
 """Bases whose output is a tensor of its own that nobody else holds and no backward needs."""
+
+_LINEAR_FORWARD, _F_LINEAR = nn.Linear.forward, F.linear
 
 ComputeDtype = Literal["base", "peft"]
 
@@ -95,6 +99,9 @@ class Fused:
         if route.path == FULL:
             return lora_linear(x, _weight(base), lora_A, lora_B, base.bias, **options)
         out = base(x)
+        dtype = _compute_dtype(x)
+        if torch.promote_types(out.dtype, dtype) != out.dtype and not self.keeps_dtype:
+            return _added_as_peft(self, out, x, name)
         fresh = type(base) in FRESH_BASES and may_write(base, out)
         return lora_delta(out, x, lora_A, lora_B, in_place=fresh, **options)
 
@@ -228,7 +235,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> str:
     """
     lines = []
     for name, layer in _lora_layers(model):
-        if type(layer) in _PLAIN:
+        if type(layer) in _PLAIN and not _replaced(layer):
             lines.append(f"{name or 'layer'}: {_explain_layer(layer, x)}")
         else:
             why = _why_left(layer) or "not patched, call patch(model)"
@@ -348,6 +355,14 @@ def _mixed(
     return multi_lora_linear(x, _weight(base), pack, ids, base.bias, backend=state.backend)
 
 
+def _added_as_peft(layer: Any, out: Tensor, x: Tensor, name: str) -> Tensor:
+    """The term of an adapter added to the output of a base that computes in a narrower dtype than x
+    asks for, by PEFT's modules and in its dtypes."""
+    lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+    x = layer.lora_dropout[name](layer._cast_input_dtype(x, lora_A.weight.dtype))
+    return (out + lora_B(lora_A(x)) * layer.scaling[name]).to(out.dtype)
+
+
 def _weight(base: Any) -> Tensor:
     return base.weight if type(base) is nn.Linear else base.weight.t()
 
@@ -374,6 +389,11 @@ def _why_peft(
     for tensor in (x, A, B, W):
         if type(tensor).__name__ == "DTensor":
             return "DTensor"
+    for part, tensor in (("lora_A", A), ("lora_B", B)):
+        if type(tensor) is not nn.Parameter and is_traceable_wrapper_subclass(tensor):
+            return f"{part} is a {type(tensor).__name__}"  # quantised, say
+    if nn.Linear.forward is not _LINEAR_FORWARD or F.linear is not _F_LINEAR:
+        return "nn.Linear.forward or F.linear was replaced"
     if hasattr(A, "ds_id"):
         return "DeepSpeed ZeRO-3"
     if base.__dict__.get("_hf_tp_plan"):
@@ -438,9 +458,16 @@ def _why_left(layer: nn.Module) -> str | None:
     fused = _fused_class(layer)
     if fused is None and type(layer) not in _PLAIN:
         return f"lora.{type(layer).__name__} has no fused class"
-    if "forward" in layer.__dict__ and fused is not None:
-        return "its forward was replaced on the instance before patch"
+    if _replaced(layer):
+        return "its forward was replaced on the instance"
     return None
+
+
+def _replaced(layer: nn.Module) -> bool:
+    """Whether calls no longer reach the class's forward; accelerate's wrapper, put around a patched
+    layer, hands on to it."""
+    hands_on = type(layer) in _PLAIN and "_old_forward" in layer.__dict__
+    return "forward" in layer.__dict__ and not hands_on
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,87 @@
+"""Layers whose weight the module around them reads itself: refused where known, else warned of."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_lora import apply_lora
+from fused_lora.weight_readers import READERS, weights_read_in
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        for name in ("read", "helped", "called", "asked", "written", "elsewhere"):
+            setattr(self, name, nn.Linear(4, 4))
+
+    def forward(self, x):
+        x = F.linear(x, self.read.weight)
+        x = self._help(x).to(self.asked.weight.dtype)
+        if isinstance(self.asked.weight, torch.Tensor) and x.shape[0] != self.asked.weight.shape[0]:
+            x = self.asked(x)
+        return self.written(self.called(x))
+
+    def _help(self, x):
+        return x @ self.helped.weight.t() + self.helped.bias
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.elsewhere.weight)
+
+
+def test_what_forward_and_its_helpers_read_is_found_and_nothing_else():
+    assert weights_read_in(Reads) == {"read", "helped"}
+
+
+def test_what_has_no_source_is_not_looked_at():
+    namespace = {"nn": nn}
+    exec("class Made(nn.Module):\n def forward(self, x): return self.a.weight", namespace)
+    assert weights_read_in(namespace["Made"]) == set()
+    assert weights_read_in(nn.Module) == weights_read_in(nn.MultiheadAttention) == set()
+
+
+def test_a_reader_is_warned_of_and_takes_its_adapter():
+    model = nn.Sequential(Reads())
+    with pytest.warns(UserWarning, match=r"Reads reads read.weight itself: .* adapter of 0.read"):
+        apply_lora(model, r=2, lora_alpha=2, target_modules=["read", "called"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_lora(nn.Sequential(Reads()), r=2, lora_alpha=2, target_modules=["called", "asked"])
+
+
+def transformers_model(kind):
+    transformers = pytest.importorskip("transformers")
+    small = {"vocab_size": 37, "hidden_size": 16, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 2, "intermediate_size": 24}
+    if kind == "MobileBert":
+        config = transformers.MobileBertConfig(
+            **small | {"embedding_size": 16, "true_hidden_size": 16, "hidden_size": 24}
+        )
+        return transformers.MobileBertForMaskedLM(config)
+    if kind == "Bloom":
+        return transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=37, hidden_size=16, n_layer=1, n_head=2)
+        )
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**small))
+
+
+def test_the_list_is_refused_and_named():
+    with pytest.raises(TypeError, match="MobileBertLMPredictionHead reads dense.weight itself"):
+        apply_lora(transformers_model("MobileBert"), r=2, lora_alpha=2)
+    assert all(names and isinstance(names, tuple) for names in READERS.values())
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "Llama"])
+def test_usual_models_are_not_warned_of(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_lora(transformers_model(kind), r=2, lora_alpha=2)
+
+
+def test_an_output_layer_is_warned_of():
+    with pytest.warns(
+        UserWarning, match="lm_head is the output layer: losses that read its weight"
+    ):
+        apply_lora(transformers_model("Llama"), r=2, lora_alpha=2, target_modules=["lm_head"])
