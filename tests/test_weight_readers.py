@@ -68,7 +68,7 @@ def transformers_model(kind):
 
 
 def test_the_list_is_refused_and_named():
-    with pytest.raises(TypeError, match="MobileBertLMPredictionHead reads dense.weight itself"):
+    with pytest.raises(TypeError, match=r"MobileBertLMPredictionHead reads dense.weight itself"):
         apply_lora(transformers_model("MobileBert"), r=2, lora_alpha=2)
     assert all(names and isinstance(names, tuple) for names in READERS.values())
 
