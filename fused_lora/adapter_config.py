@@ -79,7 +79,7 @@ class AdapterConfig:
                 content, object_pairs_hook=_distinct, parse_constant=_refuse_constant
             )
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{CONFIG_FILE} is no JSON we can read: {error}") from error
+            raise ValueError(f"{CONFIG_FILE} is not JSON we can read: {error}") from error
         if not isinstance(fields, dict):
             raise ValueError(f"{CONFIG_FILE} must hold an object: got {type(fields).__name__}")
         if fields.pop("peft_type", None) != "LORA":
@@ -185,7 +185,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _short(value: Any) -> str:

@@ -69,7 +69,9 @@ class Adapter:
             tensors[f"{PREFIX}{path}{inside}.{last}" if path else PREFIX + last] = value
         for key, value in tensors.items():
             if not value.isfinite().all():
-                raise ValueError(f"{key} holds NaN or infinity: there is nothing worth keeping")
+                raise ValueError(
+                    f"{key} holds NaN or infinity, which are not saved: repair it, or go back to an earlier save"
+                )
         tensors = {key: value.contiguous().cpu().clone() for key, value in tensors.items()}
         content = safetensors.torch.save(tensors, metadata={"format": "pt"})
         return {CONFIG_FILE: self.config.to_json(), WEIGHTS_FILE: content}
@@ -135,7 +137,7 @@ def _read_tensors(path: Path, config: AdapterConfig) -> dict[str, Tensor]:
                 if not tensors[key].isfinite().all():
                     raise ValueError(f"{short(key)} holds NaN or infinity")
     except (safetensors.SafetensorError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} is no safetensors file we can read: {error}") from error
+        raise ValueError(f"{path} is not a safetensors file we can read: {error}") from error
     return tensors
 
 
@@ -160,7 +162,9 @@ def check_name(name: str) -> None:
     """Raise ValueError for a name that an adapter's folder cannot have."""
     plain = isinstance(name, str) and name not in ("", os.curdir, os.pardir)
     if not plain or re.search(r"[/\\\0:]", name):
-        raise ValueError(f"{name!r} is no adapter name: give a plain name, without separators")
+        raise ValueError(
+            f"{name!r} is not a valid adapter name: give a plain one, without separators"
+        )
 
 
 def check_same(what: str, expected: set[str], given: set[str], remedy: str) -> None:

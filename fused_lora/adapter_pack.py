@@ -102,7 +102,7 @@ class AdapterPack(nn.Module):
 
         Raises ValueError, before anything is written, if the name is taken, shapes do not fit, a
         value is not finite (it would leak into the tokens of other adapters), or room is missing;
-        TypeError for a name that is no string or factors that are no floating tensors;
+        TypeError for a name that is not a string or factors that are not floating tensors;
         RuntimeError if accelerate has offloaded the pack or FSDP has sharded it.
         """
         if isinstance(name, str) and name in self._entries:

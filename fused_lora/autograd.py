@@ -52,7 +52,7 @@ class _Refusal(torch.autograd.Function):
 ANOTHER_BLOCK = (
     "activation checkpointing has computed a forward pass again in another use_adapters block than "
     "it was made in, with that block's adapters: call backward inside the block that made the "
-    "forward pass, for each block's loss its own"
+    "forward pass"
 )
 
 

@@ -40,8 +40,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def packed_columns(columns: int) -> int:
-    """Bytes a row of `columns` elements takes in the packed mask: whole 32-bit words. What stands
-    behind the last column is anything."""
+    """Bytes a row of `columns` elements takes in the packed mask: whole 32-bit words. Bits
+    past the last column are unspecified."""
     return (columns + 31) // 32 * 4
 
 

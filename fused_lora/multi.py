@@ -329,8 +329,8 @@ def use_adapters(
     """Inside the block, the MultiLoRALinear layers of `model` take these adapters.
 
     So unchanged model code, a `forward` or `generate` of transformers, serves a mixed batch. Under
-    activation checkpointing call backward inside the block, for each block's loss its own: it
-    computes the forward pass again, with the adapters of the block that it is in. Blocks nest; not
+    activation checkpointing call backward inside the block that made the forward pass: it computes
+    that again, with the adapters of the block that it is in. Blocks nest; not
     thread-safe.
 
     Args:

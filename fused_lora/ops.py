@@ -151,8 +151,8 @@ def transformed() -> bool:
 
 
 def call(operator: OpOverload, *arguments: Any) -> Any:
-    """`operator(*arguments)`; past the dispatcher, which takes as long as the launches, where
-    nobody watches it."""
+    """`operator(*arguments)`. Bypasses the dispatcher, which takes as long as the launches, when no
+    mode, trace or profiler needs to see the call."""
     if not _watched(arguments):
         return _kernels[operator](*arguments)
     backward = type(arguments[-1]) is str  # the backend comes last there

@@ -70,7 +70,7 @@ class ColwiseLoRAParallel(_LoRAParallel):
     ColwiseParallel. Over the base's own collectives, backward has one: the all-reduce of lora_A's
     gradient [r, in]. With dropout every rank uses the first rank's seed, since all see one input.
 
-    Raises TypeError for a module that is no FusedLoRALinear, RuntimeError for a merged one.
+    Raises TypeError for a module that is not a FusedLoRALinear, RuntimeError for a merged one.
     """
 
     split_inputs = False
@@ -92,7 +92,7 @@ class RowwiseLoRAParallel(_LoRAParallel):
     collective over the base's own, the all-reduce of lora_B's gradient [out, r]. With dropout every
     rank draws a mask of its own for its columns.
 
-    Raises TypeError for a module that is no FusedLoRALinear, RuntimeError for a merged one.
+    Raises TypeError for a module that is not a FusedLoRALinear, RuntimeError for a merged one.
     """
 
     split_inputs = True
@@ -118,7 +118,7 @@ class _ParallelLoRALinear(FusedLoRALinear):
         wanted = Shard(x.dim() - 1) if style.split_inputs else Replicate()
         if x.placements != (wanted,):
             x = x.redistribute(placements=[wanted])
-        # of a replicated input's gradient each rank has one term
+        # each rank has a partial sum of the gradient of a replicated input
         x = x.to_local(grad_placements=None if style.split_inputs else [Partial()])
 
         weight, lora_A, lora_B = (_local(p) for p in (self.weight, self.lora_A, self.lora_B))

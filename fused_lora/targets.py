@@ -19,7 +19,7 @@ _NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
 
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first of `patterns` that fits the end of `path` at a dot, None if none does (PEFT's rule
-    for rank_pattern and alpha_pattern). Raises ValueError for one that is no expression, or that
+    for rank_pattern and alpha_pattern). Raises ValueError for one that is not an expression, or that
     takes too long."""
     for pattern in patterns:
         if path == pattern or path.endswith(f".{pattern}"):
@@ -103,4 +103,4 @@ def _match(pattern: str, path: str, around: str = "{}") -> bool:
             "repetitions of repetitions"
         ) from None
     except (re.error, getattr(regex, "error", re.error), RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern!r} is not a valid regular expression: {error}") from error

@@ -112,7 +112,7 @@ def shrink_kernel(
                 x_rows + offs_k[None, :],
                 mask=(offs_m < M)[:, None] & inside_k[None, :],
                 other=0.0,
-                eviction_policy="evict_first",  # what the matmul has in the L2 cache shall stay
+                eviction_policy="evict_first",  # keep the matmul's operands in L2
             )
             a = tl.load(
                 a_ptr

@@ -142,25 +142,25 @@ BROKEN = {
     "integers": (put(A, torch.zeros(3, 12, dtype=torch.int32)), A, "dtype I32"),
     "eight bits": (put(A, torch.zeros(3, 12).to(torch.float8_e4m3fn)), A, "dtype F8_E4M3"),
     "no tensors": (lambda d: safetensors.save_file({}, d / WEIGHTS), "no lora_A and lora_B"),
-    "truncated data": (truncated(WEIGHTS, -40), WEIGHTS, "no safetensors file"),
-    "truncated header": (truncated(WEIGHTS, 30), WEIGHTS, "no safetensors file"),
-    "an empty file": (truncated(WEIGHTS, 0), WEIGHTS, "no safetensors file"),
-    "a huge header": (raw(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), "no safetensors file"),
-    "a huge tensor": (with_header(lambda h: h.update({A: HUGE})), "no safetensors file"),
+    "truncated data": (truncated(WEIGHTS, -40), WEIGHTS, "not a safetensors file"),
+    "truncated header": (truncated(WEIGHTS, 30), WEIGHTS, "not a safetensors file"),
+    "an empty file": (truncated(WEIGHTS, 0), WEIGHTS, "not a safetensors file"),
+    "a huge header": (raw(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"), "not a safetensors file"),
+    "a huge tensor": (with_header(lambda h: h.update({A: HUGE})), "not a safetensors file"),
     "overlapping tensors": (
         with_header(lambda h: h[A].update(data_offsets=h[B]["data_offsets"])),
-        "no safetensors file",
+        "not a safetensors file",
     ),
-    "pickle in disguise": (raw(WEIGHTS, pickle.dumps({A: 1})), "no safetensors file"),
+    "pickle in disguise": (raw(WEIGHTS, pickle.dumps({A: 1})), "not a safetensors file"),
     "pickle": (only_pickle, "adapter_model.bin is pickle, which is never read"),
     "no weights": (lambda d: (d / WEIGHTS).unlink(), f"{WEIGHTS} is missing"),
     "a folder as weights": (is_folder, f"{WEIGHTS} is missing"),
     "no configuration": (lambda d: (d / CONFIG).unlink(), f"{CONFIG} is missing"),
-    "truncated configuration": (truncated(CONFIG, 30), f"{CONFIG} is no JSON"),
+    "truncated configuration": (truncated(CONFIG, 30), f"{CONFIG} is not JSON"),
     "a list as configuration": (raw(CONFIG, b"[]"), "must hold an object"),
-    "a deep configuration": (raw(CONFIG, b"[" * 200_000), f"{CONFIG} is no JSON"),
+    "a deep configuration": (raw(CONFIG, b"[" * 200_000), f"{CONFIG} is not JSON"),
     "a field twice": (raw(CONFIG, b'{"r": 1, "r": 3}'), "'r' is given twice"),
-    "NaN as alpha": (with_config(lora_alpha=float("nan")), "NaN is no number"),
+    "NaN as alpha": (with_config(lora_alpha=float("nan")), "NaN is not a number"),
     "an infinite alpha": (
         lambda d: (d / CONFIG).write_text(
             (d / CONFIG).read_text().replace('"lora_alpha": 6', '"lora_alpha": 1e999')
@@ -217,7 +217,7 @@ def test_a_broken_directory_is_refused_by_name_and_the_model_is_as_it_was(case, 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "../adapter", "a/b", "a\\b", "C:x", "a\0"])
 def test_names_that_leave_the_directory_are_refused(name, good, tmp_path):
-    with pytest.raises(ValueError, match="is no adapter name"):
+    with pytest.raises(ValueError, match="is not a valid adapter name"):
         load_adapter(plain(), good, name=name)
 
 

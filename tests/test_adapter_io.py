@@ -202,7 +202,7 @@ def test_what_cannot_be_saved_is_refused_and_the_last_save_stays(tmp_path):
         save_adapter(model, tmp_path, modules_to_save=["nope"])
     with pytest.raises(ValueError, match=r"'layers'.*it holds the LoRA layer layers.0.q_proj"):
         save_adapter(model, tmp_path, modules_to_save=["layers"])
-    with pytest.raises(ValueError, match=r"'../x' is no adapter name"):
+    with pytest.raises(ValueError, match=r"'../x' is not a valid adapter name"):
         save_adapter(model, tmp_path, name="../x")
     with pytest.raises(ValueError, match=r"holds no LoRA layer"):
         save_adapter(plain(), tmp_path)

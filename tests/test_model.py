@@ -161,7 +161,12 @@ REFUSED = {
         "adapters have",
     ),
     "a bare name as expression": (plain, {"target_modules": "q"}, ValueError, "whole path"),
-    "no expression": (plain, {"target_modules": "(q"}, ValueError, "no regular expression"),
+    "no expression": (
+        plain,
+        {"target_modules": "(q"},
+        ValueError,
+        "not a valid regular expression",
+    ),
     "not linear": (plain, {"target_modules": ["q", "norm"]}, TypeError, "norm (LayerNorm)"),
     "rank 0 by pattern": (
         plain,

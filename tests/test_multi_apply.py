@@ -212,9 +212,9 @@ REFUSED = {
     "a name that no folder has": (
         {"adapters": {"team/a": {}}},
         ValueError,
-        "'team/a' is no adapter name",
+        "'team/a' is not a valid adapter name",
     ),
-    "a name that is none": ({"adapters": {3: {}}}, ValueError, "3 is no adapter name"),
+    "a name that is none": ({"adapters": {3: {}}}, ValueError, "3 is not a valid adapter name"),
     "no room": ({"adapters": ADAPTERS, "total_rank": 32}, ValueError, "needs 16 columns, 0 of 32"),
     "too many": ({"adapters": ADAPTERS, "max_adapters": 2}, ValueError, "holds 2 adapters"),
     "an option of all": (
@@ -248,7 +248,7 @@ def test_an_adapter_that_cannot_be_added_changes_no_pack():
     model = mixed(total_rank=48)
     before = copy.deepcopy(model.state_dict())
     for options, message in (
-        ({"name": "team/a"}, "'team/a' is no adapter name"),
+        ({"name": "team/a"}, "'team/a' is not a valid adapter name"),
         ({"name": "wide"}, "there is an adapter 'wide' already"),
         ({"target_modules": ["q", "lm_head"]}, "adapter 'new' needs 48 columns"),
         ({"target_modules": "all-linear"}, "needs 48 columns"),

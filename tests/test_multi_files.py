@@ -188,7 +188,10 @@ BROKEN = {
         "norm.bias: biases and whole modules are shared",
     ),
     "DoRA": (reconfigured(use_dora=True), "use_dora is True"),
-    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "no safe"),
+    "truncated": (
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
+        "not a safe",
+    ),
     "no room in one layer": (
         lambda model: model.shared.pack.replace("b", torch.ones(49, 12), torch.ones(12, 49)),
         "shared: adapter .* needs 16 columns, 0 of 64 are free",
@@ -266,7 +269,7 @@ def test_names_that_no_pack_holds_raise_and_change_nothing(tasks, tmp_path):
             call()
     with pytest.raises(ValueError, match="belong to all adapters of packs"):
         save_adapter(model, tmp_path, name="a", bias="all")
-    with pytest.raises(ValueError, match="is no adapter name"):
+    with pytest.raises(ValueError, match="is not a valid adapter name"):
         load_adapter(model, tasks["a"][0], name="../a")
     with pytest.raises(ValueError, match="holds no pack of adapters"):
         fused_lora.delete_adapter(make(), "default")

@@ -193,14 +193,13 @@ def test_bitsandbytes_is_not_imported_where_peft_has_not(monkeypatch):
 @pytest.mark.parametrize("parts", ["whole", "factors"])
 def test_adapters_that_are_quantised_themselves_are_left_to_peft(parts):
     quantization = pytest.importorskip("torchao.quantization")
-    model, x = (
-        adapted(target_modules=["first"]).eval().requires_grad_(False),
-        torch.randn(5, FIRST[0]),
-    )
+    model = adapted(target_modules=["first"]).eval().requires_grad_(False)
+    x = torch.randn(5, FIRST[0])
     fused.patch(model)
-    chosen = (lambda m, name: type(m) is torch.nn.Linear) if parts == "whole" else None
-    if parts == "factors":
-        chosen = lambda m, name: "lora_" in name and type(m) is torch.nn.Linear  # noqa: E731
+
+    def chosen(module, name):
+        return type(module) is torch.nn.Linear and (parts == "whole" or "lora_" in name)
+
     try:
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig(), chosen)
     except (RuntimeError, ImportError) as error:
