@@ -70,7 +70,7 @@ class Adapter:
         for key, value in tensors.items():
             if not value.isfinite().all():
                 raise ValueError(
-                    f"{key} holds NaN or infinity, which are not saved: repair it, or go back to an earlier save"
+                    f"{key} holds NaN or infinity, which are not saved: go back to an earlier state"
                 )
         tensors = {key: value.contiguous().cpu().clone() for key, value in tensors.items()}
         content = safetensors.torch.save(tensors, metadata={"format": "pt"})

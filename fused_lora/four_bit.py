@@ -45,8 +45,8 @@ def state_of(base: nn.Module) -> Any:
 
 
 def least_tokens(device: torch.device) -> int:
-    """The number of tokens from which bitsandbytes 0.50 unpacks a weight of any shape; below, it may
-    multiply by the packed one, which pays on GPUs with slow memory."""
+    """The number of tokens from which bitsandbytes 0.50 unpacks a weight of any shape; below, it
+    may multiply by the packed one, which pays on GPUs with slow memory."""
     if device.type != "cuda":
         return 1
     return 65 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 513

@@ -19,8 +19,8 @@ _NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])+")
 
 def match_pattern(patterns: Iterable[str], path: str) -> str | None:
     """The first of `patterns` that fits the end of `path` at a dot, None if none does (PEFT's rule
-    for rank_pattern and alpha_pattern). Raises ValueError for one that is not an expression, or that
-    takes too long."""
+    for rank_pattern and alpha_pattern). Raises ValueError for one that is not an expression, or
+    that takes too long."""
     for pattern in patterns:
         if path == pattern or path.endswith(f".{pattern}"):
             return pattern

@@ -190,7 +190,7 @@ BROKEN = {
     "DoRA": (reconfigured(use_dora=True), "use_dora is True"),
     "truncated": (
         lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]),
-        "not a safe",
+        "not a sa",
     ),
     "no room in one layer": (
         lambda model: model.shared.pack.replace("b", torch.ones(49, 12), torch.ones(12, 49)),
