@@ -26,6 +26,7 @@ from fused_lora.atomic import write_directory
 from fused_lora.extras import (
     all_names,
     extras_of,
+    require_extras_here,
     require_here,
     require_same_embeddings,
     whole_modules,
@@ -86,11 +87,13 @@ def load_adapter(
     """Load an adapter that PEFT or `save_adapter` wrote; returns `model`.
 
     A model with LoRA layers gets the new adapter in all of them, of any rank, in the dtype they
-    have; layers that are merged are merged with it. Parameters stay the same objects where the rank
-    does, so an optimizer or a CUDA graph keeps them. In a model without LoRA layers they are put in
-    first. Biases and whole modules in the file are written over the model's; loading an adapter
-    without them brings the original values back. Embeddings that PEFT has saved beside the adapter
-    are the base's: where they differ from the model's, they are written over those for good.
+    have; layers that are merged are merged with it, into a new weight. lora_A and lora_B stay the
+    same objects where the rank does, so an optimizer, or a CUDA graph of the unmerged model, keeps
+    them. In a model without LoRA layers they are put in first. Biases and whole modules in the file
+    are written over the model's; loading an adapter without them brings the original values back
+    (load a base checkpoint before: what comes later counts as the adapter's). Embeddings that PEFT
+    has saved beside the adapter are the base's: where they differ from the model's, they are
+    written over those for good.
 
     A model with packs (`apply_lora(adapters=...)`) gets the adapter into all of them in place, as
     one more or in the place of the adapter of this name, in the packs' dtype; the id stays, a new
@@ -153,6 +156,7 @@ def load_adapter(
                 f"{path} is merged and merge(keep_base=False) let its base weight go: load a base "
                 "checkpoint first"
             )
+    _warn_of_shared(model, layers)  # a warning may be an error: before anything is written
     config = adapter.config
     with write_extras(model, adapter), all_or_nothing(layers.values()):
         for path, layer in layers.items():
@@ -164,7 +168,6 @@ def load_adapter(
             )
     if replacement is not None:
         replacement.commit()
-    _warn_of_shared(model, layers)
     return given
 
 
@@ -244,6 +247,7 @@ def adapter_of(
     if packs:
         return _adapter_of_packs(model, packs, name or "default")
     layers = require_layers(model)
+    require_extras_here(model)
     earlier = extras_of(model)
     bias = earlier.bias if bias is None else bias
     modules_to_save = earlier.modules_to_save if modules_to_save is None else modules_to_save
@@ -289,6 +293,8 @@ def _adapter_of_packs(
     model: nn.Module, layers: Mapping[str, MultiLoRALinear], name: str
 ) -> Adapter:
     packs = {path: layer.pack for path, layer in layers.items() if layer.pack.rank(name) > 0}
+    if not packs:
+        raise ValueError(f"adapter {name!r} has rank 0 in every layer: there is nothing to save")
     ranks = {path: pack.rank(name) for path, pack in packs.items()}
     alphas = {path: _alpha(pack.scaling_of(name), ranks[path]) for path, pack in packs.items()}
     touched = {path: layers[path] for path in packs}

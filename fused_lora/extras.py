@@ -24,14 +24,21 @@ from fused_lora.linear import FusedLoRALinear
 from fused_lora.places import clean_path, module_places
 from fused_lora.targets import whole
 
-_EXTRAS = "_fused_lora_extras"
+_EXTRAS, _AWAY = "_fused_lora_extras", "_fused_lora_extras_away"
+
+
+class Original(NamedTuple):
+    """A value that an adapter file was written over, and the tensor that held it."""
+
+    own: Tensor
+    value: Tensor
 
 
 class Extras(NamedTuple):
     """What belongs to a model's adapter beside the factors: the values that those of the file that
     was loaded last were written over, and how a configuration names them."""
 
-    originals: dict[str, Tensor]
+    originals: dict[str, Original]
     bias: Bias
     modules_to_save: list[str]
 
@@ -158,6 +165,37 @@ def extras_of(model: nn.Module) -> Extras:
     return getattr(model, _EXTRAS, Extras({}, "none", []))
 
 
+def forget_extras(model: nn.Module) -> None:
+    """What the adapter has beside the factors is the base's from now on."""
+    for module in model.modules():
+        vars(module).pop(_EXTRAS, None)
+
+
+def require_extras_here(model: nn.Module) -> None:
+    """Raise RuntimeError inside of `originals_back`."""
+    if any(_AWAY in vars(module) for module in model.modules()):
+        raise RuntimeError(
+            "inside disable_adapters the biases and modules of the adapter are away: call this "
+            "outside of the block"
+        )
+
+
+def _originals(model: nn.Module, held: dict[str, Held]) -> dict[str, Tensor]:
+    """{key: value} of the originals whose Parameters the model still has: another one, assigned in
+    the place of one, is a new base."""
+    kept = {}
+    for key, (own, value) in extras_of(model).originals.items():
+        if key not in held:
+            continue
+        now = held[key].tensor
+        if type(now).__name__ == "DTensor":
+            raise RuntimeError(f"{key} is sharded: the base's value cannot be put in its place")
+        same = now is own or not isinstance(own, nn.Parameter)  # .to() makes other buffers
+        if same and now.shape == own.shape:
+            kept[key] = value
+    return kept
+
+
 def remember_extras(model: nn.Module, bias: Bias, modules_to_save: Sequence[str]) -> None:
     """Count these biases and modules among the adapter's from now on."""
     originals, earlier, names = extras_of(model)
@@ -174,17 +212,19 @@ def write_extras(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     stay."""
     held = held_tensors(model)
     extras, embeddings = _checked_extras(held, adapter), _new_embeddings(model, held, adapter)
-    originals = extras_of(model).originals
-    values = {key: value for key, value in originals.items() if key in held} | extras | embeddings
-    kept = {key: held[key].tensor.detach().clone() for key in values}
+    require_extras_here(model)
+    originals = _originals(model, held)
+    values = originals | extras | embeddings
+    with torch.inference_mode(False), torch.no_grad():
+        kept = {key: held[key].tensor.clone() for key in values}
     try:
         _copy(held, values)
         yield
     except BaseException:
         _copy(held, kept)
         raise
-    remembered = {key: originals.get(key, kept[key]) for key in extras}
-    if remembered or originals:
+    remembered = {key: Original(held[key].tensor, originals.get(key, kept[key])) for key in extras}
+    if remembered or extras_of(model).originals:
         paths = {place.path for where in module_places(model).values() for place in where}
         names = adapter.config.modules_to_save or []  # PEFT adds those that a classifier may have
         names = [name for name in names if any(whole([name], path) for path in paths)]
@@ -201,23 +241,26 @@ def _copy(held: dict[str, Held], values: dict[str, Tensor]) -> None:
 def originals_back(model: nn.Module) -> Iterator[None]:
     """Within the context the model has the values that an adapter file was written over, frozen, in
     Parameters of their own: what a graph made outside has kept stays as it is."""
-    loaded = [module for module in model.modules() if _EXTRAS in vars(module)]
+    loaded = [module for module in model.modules() if extras_of(module).originals]
+    outermost = [module for module in loaded if _AWAY not in vars(module)]
     changed: list[Held] = []
     try:
-        for module in loaded:
+        for module in outermost:
             held = held_tensors(module)
-            for key, value in extras_of(module).originals.items():
-                if key in held:
-                    own = held[key]
-                    value = value.to(own.tensor.device, own.tensor.dtype)
-                    if isinstance(own.tensor, nn.Parameter):
-                        value = nn.Parameter(value, requires_grad=False)
-                    changed.append(own)
-                    own.put(value)
+            for key, value in _originals(module, held).items():
+                own = held[key]
+                value = value.to(own.tensor.device, own.tensor.dtype, copy=True)
+                if isinstance(own.tensor, nn.Parameter):
+                    value = nn.Parameter(value, requires_grad=False)
+                changed.append(own)
+                own.put(value)
+            setattr(module, _AWAY, True)
         yield
     finally:
         for own in reversed(changed):
             own.put(own.tensor)
+        for module in outermost:
+            vars(module).pop(_AWAY, None)
 
 
 def all_names(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

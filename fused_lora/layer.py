@@ -126,7 +126,8 @@ class LoRALayer(nn.Module):
         """Why lora_A and lora_B are not the adapter's values, None if they are; a DTensor is."""
         if self.offloaded:
             return (
-                "accelerate has offloaded the parameters, and would put the old ones back: call "
+                "the parameters are on the meta device, where accelerate leaves those that it has "
+                "offloaded, and would put the old ones back: call "
                 "accelerate.hooks.remove_hook_from_submodules(model) first"
             )
         shapes = (self.r, self.in_features), (self.out_features, self.r)

@@ -198,7 +198,8 @@ class FusedLoRALinear(LoRALayer):
         """Put W0 + scaling * B A, summed in fp32 and rounded once, in place of `weight`.
 
         W0's storage is never written to: tied weights and the layer it came from stay as they are.
-        keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU, False lets it go.
+        keep_base=True keeps W0 for `unmerge`, "cpu" keeps a copy on the CPU (a weight that was tied
+        to it is then tied no longer), False lets it go.
         A state_dict says that the layer is merged; torch.distributed.checkpoint.state_dict has no
         place for that and refuses the layer (no attribute 'lora_merged'): unmerge first. Raises
         RuntimeError if already merged or if the adapters are not initialised, ValueError for

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fused_lora.adapter_config import BIASES, AdapterConfig, Bias
-from fused_lora.extras import originals_back, remember_extras, whole_modules
+from fused_lora.extras import (
+    forget_extras,
+    originals_back,
+    remember_extras,
+    require_extras_here,
+    whole_modules,
+)
 from fused_lora.layer import InitLoRA, LoRALayer
 from fused_lora.packs import apply_packs
 from fused_lora.places import (
@@ -146,7 +152,12 @@ def mark_only_lora_as_trainable(
     packs = [layer.pack for layer in packed.values()]
     layers = lora_layers(model) if packs else require_layers(model)
     biases = bias_parameters(model, bias)
-    adapters = [p for holder in (*layers.values(), *packs) for p in (holder.lora_A, holder.lora_B)]
+    adapters = [
+        parameter  # lora_A and lora_B, or what they are made of where they are parametrized
+        for holder in (*layers.values(), *packs)
+        for name, parameter in holder.named_parameters()
+        if any(part.startswith("lora_") for part in name.split("."))
+    ]
     whole = [whole_modules(model, name, [*layers, *packed]).values() for name in modules_to_save]
     trained = {id(p) for p in (*adapters, *biases.values(), *itertools.chain(*whole))}
     for parameter in model.parameters():
@@ -184,9 +195,11 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
 def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what its base does, merged or not, bit for bit (the
     reference model of DPO, for example). Biases and whole modules that `load_adapter` wrote over
-    the model's own are away, too; those trained in place are the model's and stay. Raises
-    RuntimeError if a base weight was let go by merge(keep_base=False), ValueError if there is no
-    LoRA layer."""
+    the model's own are away, too, and loading, saving and `unload` are refused meanwhile; those
+    trained in place are the model's and stay. A copy of the model that is made inside stays without
+    adapters. Under reentrant activation checkpointing call backward inside the block, or outside,
+    as the forward pass was: it is computed again with what is on then. Raises RuntimeError if a
+    base weight was let go by merge(keep_base=False), ValueError if there is no LoRA layer."""
     layers = require_layers(model)
     _require_kept_base(layers, "disable_adapters")
     before = [(layer, layer.adapter_enabled) for layer in layers.values()]
@@ -242,22 +255,28 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 def unload(model: nn.Module) -> nn.Module:
     """Put plain layers back in the place of the LoRA layers, with the weights as they are now: the
-    very base Parameters, or the merged ones after `merge_adapter`. Weights stay frozen. Returns
-    `model`. Raises ValueError if there is no LoRA layer, RuntimeError where accelerate has
-    offloaded one or FSDP holds its parameters; then nothing changes."""
+    very base Parameters, or the merged ones after `merge_adapter`. Biases and whole modules that
+    were trained, or that a file has brought, stay and are the model's own. Weights stay frozen.
+    Returns `model`. Raises ValueError if there is no LoRA layer, RuntimeError where accelerate has
+    offloaded one, a weight is parametrized, FSDP holds the parameters or `disable_adapters` has
+    some away; then nothing changes."""
     for path, layer in require_layers(model).items():
         reason = layer.why_not_read() if layer.offloaded else None
+        if "weight" in layer._written and layer._parameters.get("weight") is None:
+            reason = "weight is parametrized or pruned; make it a plain one first"
         if layer.managed_by_fsdp:
             reason = "FSDP looks for its parameters in this very layer; call unload before FSDP"
         if reason is not None:
             raise RuntimeError(f"{path} cannot be unloaded: {reason}")
     if isinstance(model, LoRALayer):
         raise ValueError("the model is itself a LoRA layer: call its base_module() or to_linear()")
+    require_extras_here(model)
     places = module_places(model)
     plain = [(where, m.base_module()) for m, where in places.items() if isinstance(m, LoRALayer)]
     for where, module in plain:
         for place in where:
             setattr(place.parent, place.name, module)
+    forget_extras(model)
     return model
 
 

@@ -3,9 +3,10 @@ layers or in none, so that a name, and an id, mean the same adapter in every lay
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def apply_packs(
     max_adapters: int,
 ) -> None:
     """`apply_lora` with `adapters`; own: what each of them may have of its own."""
+    if pack_layers(model):
+        raise ValueError(
+            "the model has packs already, and an id must mean one adapter in all of them: "
+            "add_adapter and load_adapter put more into these"
+        )
     if not isinstance(adapters, Mapping):
         raise TypeError(f"adapters must map names to options or folders: got {adapters!r}")
     check_adapter_options(r=1, **common)
@@ -140,14 +146,16 @@ def add_adapter(
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Remove adapter `name` from all packs of `model`; its room and its id are free then. Raises
-    KeyError if there is no such adapter, ValueError if there are no packs."""
+    """Remove adapter `name` from all packs of `model`; its room and its id are free then, also for
+    `use_adapters` blocks that are open. Raises KeyError if there is no such adapter, ValueError if
+    there are no packs; then, as after any other failure, all packs are as they were."""
     layers = _require_packs(model)
     _require_alike(layers)
     for layer in layers.values():
         layer.pack.require_storage()
-    for layer in layers.values():
-        layer.pack.remove(name)
+    with _all_or_nothing(layers, name):
+        for layer in layers.values():
+            layer.pack.remove(name)
 
 
 def _require_packs(model: nn.Module) -> dict[str, MultiLoRALinear]:
@@ -186,11 +194,18 @@ def put_adapter(
             prepared[path] = pack.prepare(name, *factors.get(path, nothing))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    before = {path: layer.pack.packed(name) for path, layer in layers.items()}
-    try:
+    with _all_or_nothing(layers, name):
         for path, layer in layers.items():
             layer.pack.write(name, prepared[path])
-    except BaseException:  # memory ran out, say
+
+
+@contextlib.contextmanager
+def _all_or_nothing(layers: Mapping[str, MultiLoRALinear], name: str) -> Iterator[None]:
+    """Whatever fails within the context (memory runs out, say), adapter `name` is as it was."""
+    before = {path: layer.pack.packed(name) for path, layer in layers.items()}
+    try:
+        yield
+    except BaseException:
         for path, layer in layers.items():
             earlier = before[path]
             if earlier is not None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -51,8 +51,8 @@ def require_module(model: nn.Module) -> None:
 
 
 def require_names(label: str, names: object) -> None:
-    """Raise TypeError unless this is a sequence of strings, and not one string."""
-    if isinstance(names, str) or not isinstance(names, Sequence):
+    """Raise TypeError unless this is a collection of strings, and not one string."""
+    if isinstance(names, str) or not isinstance(names, Collection):
         raise TypeError(f"{label} must be a list of names: got {names!r}")
     for name in names:
         if not isinstance(name, str):

@@ -91,6 +91,36 @@ def test_a_parametrized_layer_is_not_half_exchanged(name):
     assert torch.equal(layer(x), before) and not layer.merged
 
 
+def test_one_parametrized_layer_leaves_all_of_them_merged():
+    whole = nn.Sequential(model()[0], model()[0])
+    fused_lora.merge_adapter(whole)
+    prune.l1_unstructured(whole[1], "lora_A", 0.5)
+    with pytest.raises(RuntimeError, match="lora_A are parametrized or pruned: call"):
+        fused_lora.unmerge_adapter(whole)
+    assert [layer.merged for layer in whole] == [True, True]
+
+
+def test_a_parametrized_base_is_not_unloaded():
+    whole = nn.Sequential(model()[0], model()[0])
+    parametrize.register_parametrization(whole[1], "weight", Half())
+    with pytest.raises(RuntimeError, match="1 cannot be unloaded: weight is parametrized"):
+        fused_lora.unload(whole)
+    assert all(isinstance(layer, FusedLoRALinear) for layer in whole)
+
+
+@pytest.mark.parametrize("how", ("parametrized", "pruned"))
+def test_what_a_factor_is_made_of_is_marked_as_trainable(how):
+    whole = nn.Sequential(model()[0])
+    if how == "pruned":
+        prune.l1_unstructured(whole[0], "lora_A", 0.5)
+    else:
+        parametrize.register_parametrization(whole[0], "lora_A", Half())
+    fused_lora.mark_only_lora_as_trainable(whole)
+    trained = {name for name, p in whole.named_parameters() if p.requires_grad}
+    source = "lora_A_orig" if how == "pruned" else "parametrizations.lora_A.original"
+    assert trained == {"0.lora_B", f"0.{source}"}
+
+
 @pytest.mark.parametrize("name", ("lora_A", "lora_B"))
 @pytest.mark.parametrize("how", ("parametrized", "pruned"))
 def test_a_layer_with_a_factor_held_elsewhere_loads_its_own_state(how, name):

@@ -10,7 +10,14 @@ import torch
 from small_models import OPTIONS, llama, make, plain
 
 import fused_lora
-from fused_lora import MultiLoRALinear, apply_lora, load_adapter, save_adapter, use_adapters
+from fused_lora import (
+    AdapterPack,
+    MultiLoRALinear,
+    apply_lora,
+    load_adapter,
+    save_adapter,
+    use_adapters,
+)
 from fused_lora.model import pack_layers
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -285,3 +292,37 @@ def test_layers_that_were_put_in_by_hand_take_adapters_by_name_too(tasks):
         block.q = MultiLoRALinear.from_linear(block.q, total_rank=16)
     load_adapter(model, tasks["a"][0], name="a")
     torch.testing.assert_close(served(model, ["a"]), tasks["a"][1])
+
+
+def test_a_deletion_that_fails_half_way_leaves_all_packs_as_they_were(tasks, monkeypatch):
+    model = load_adapter(roomy(), tasks["a"][0], name="a")
+    before, clear, calls = state(model), AdapterPack._clear, []
+
+    def fail(pack, entry):
+        calls.append(pack)
+        if len(calls) == 2:
+            raise MemoryError("no room")
+        clear(pack, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterPack, "_clear", fail)
+        with pytest.raises(MemoryError):
+            fused_lora.delete_adapter(model, "a")
+    assert len(calls) > 2
+    assert_unchanged(model, before)
+    fused_lora.delete_adapter(model, "a")
+
+
+def test_a_model_with_packs_takes_no_second_set_of_them(tasks):
+    model = load_adapter(roomy(), tasks["a"][0], name="a")
+    before = state(model)
+    with pytest.raises(ValueError, match="has packs already, and an id must mean one adapter"):
+        apply_lora(model, adapters={"b": {}}, r=2, lora_alpha=2, target_modules=["head"])
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_without_any_rank_is_not_saved(tmp_path):
+    layer = MultiLoRALinear(4, 4, total_rank=16)
+    layer.pack.add("a", torch.ones(0, 4), torch.ones(4, 0))
+    with pytest.raises(ValueError, match="adapter 'a' has rank 0 in every layer"):
+        save_adapter(torch.nn.Sequential(layer), tmp_path, name="a")
