@@ -144,8 +144,8 @@ def load_adapter(
     for path, layer in layers.items():
         if layer.sharded:
             raise RuntimeError(
-                f"{path} is sharded: load an adapter before FSDP or parallelize_module, or its "
-                "tensors by torch.distributed.checkpoint.state_dict"
+                f"{path} is sharded: load an adapter before the model is, or its tensors by "
+                "torch.distributed.checkpoint.state_dict"
             )
         reason = layer.why_not_write()
         if reason is not None:

@@ -99,23 +99,26 @@ class LoRALayer(nn.Module):
         unwritable = self.why_not_write()
         if unwritable is not None:
             return unwritable
-        if self.managed_by_fsdp:
+        manager = self.manager
+        if manager is not None:
             return (
-                "FSDP holds the base weight and would put the unmerged one back: gather the "
+                f"{manager} holds the base weight and would put the unmerged one back: gather the "
                 "state_dict (full_state_dict=True of torch.distributed.checkpoint.state_dict) into "
                 "a model on one process and merge that"
             )
         return None
 
     @property
-    def managed_by_fsdp(self) -> bool:
-        """Whether `fully_shard` or FullyShardedDataParallel exchanges the layer's Parameters."""
-        return getattr(self, "_is_fsdp_managed_module", False)  # torch's own mark
+    def manager(self) -> str | None:
+        """Who exchanges the layer's Parameters for shards and back, None if nobody does."""
+        if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
+            return "FSDP"  # either of the two
+        return "DeepSpeed ZeRO-3" if hasattr(self.lora_A, "ds_id") else None
 
     @property
     def sharded(self) -> bool:
         """Whether the adapter is one that all processes have together."""
-        return self.managed_by_fsdp or type(self.lora_A).__name__ == "DTensor"
+        return self.manager is not None or type(self.lora_A).__name__ == "DTensor"
 
     @property
     def offloaded(self) -> bool:
@@ -132,10 +135,10 @@ class LoRALayer(nn.Module):
             )
         shapes = (self.r, self.in_features), (self.out_features, self.r)
         if (tuple(self.lora_A.shape), tuple(self.lora_B.shape)) != shapes:
-            return (
-                "lora_A and lora_B are what FullyShardedDataParallel left of them on this process: "
-                "call this inside of FullyShardedDataParallel.summon_full_params(model)"
-            )
+            gather = "FullyShardedDataParallel.summon_full_params(model)"
+            if self.manager != "FSDP":
+                gather = "deepspeed.zero.GatheredParameters(list(model.parameters()))"
+            return f"this process has a shard of lora_A and lora_B: call this inside of {gather}"
         return None
 
     def why_not_write(self) -> str | None:
@@ -197,8 +200,8 @@ class LoRALayer(nn.Module):
         has changed."""
         if self.sharded:
             raise RuntimeError(
-                "lora_A and lora_B are sharded: set an adapter before FSDP or parallelize_module, "
-                "or load it by torch.distributed.checkpoint.state_dict"
+                "lora_A and lora_B are sharded: set an adapter before the model is, or load it by "
+                "torch.distributed.checkpoint.state_dict"
             )
         self._require_writable()
         for name, value in (("lora_A", lora_A), ("lora_B", lora_B)):

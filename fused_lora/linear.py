@@ -231,8 +231,8 @@ class FusedLoRALinear(LoRALayer):
         has not moved since); returns self. Raises RuntimeError if not merged or not kept."""
         if not self._merged:
             raise RuntimeError("the layer is not merged: there is nothing to unmerge")
-        if self.managed_by_fsdp:
-            raise RuntimeError("FSDP holds the merged weight: call unmerge() before FSDP")
+        if self.manager is not None:
+            raise RuntimeError(f"{self.manager} holds the merged weight: call unmerge() before")
         self._require_writable()
         base = self.base_weight()
         if not isinstance(base, nn.Parameter):
@@ -408,7 +408,7 @@ class FusedLoRALinear(LoRALayer):
         # FSDP exchanges a Parameter for its shard, and back
         state = self.__dict__
         given = name == "weight" and state.get("_merged") and type(value) is nn.Parameter
-        if given and not self.managed_by_fsdp:
+        if given and self.manager is None:
             self._set_base(None, merged=False)
 
     def _set_base(self, base: Tensor | None, *, merged: bool) -> None:

@@ -264,8 +264,8 @@ def unload(model: nn.Module) -> nn.Module:
         reason = layer.why_not_read() if layer.offloaded else None
         if "weight" in layer._written and layer._parameters.get("weight") is None:
             reason = "weight is parametrized or pruned; make it a plain one first"
-        if layer.managed_by_fsdp:
-            reason = "FSDP looks for its parameters in this very layer; call unload before FSDP"
+        if layer.manager is not None:
+            reason = f"{layer.manager} looks for its parameters in this very layer; unload before"
         if reason is not None:
             raise RuntimeError(f"{path} cannot be unloaded: {reason}")
     if isinstance(model, LoRALayer):

@@ -274,8 +274,9 @@ def _why_not(
         above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]
         if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
             return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
-    if getattr(module, "_is_fsdp_managed_module", False):
-        return "FSDP holds its parameters already; give the model its adapters before"
+    managed = getattr(module, "_is_fsdp_managed_module", False)
+    if managed or hasattr(getattr(module, "weight", None), "ds_id"):
+        return "FSDP or DeepSpeed holds its parameters already; give the model its adapters before"
     if quantization_of(module) is not None:
         if packs:
             return (

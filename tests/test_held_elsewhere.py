@@ -91,6 +91,29 @@ def test_a_parametrized_layer_is_not_half_exchanged(name):
     assert torch.equal(layer(x), before) and not layer.merged
 
 
+def test_what_deepspeed_has_sharded_is_neither_read_nor_exchanged(tmp_path):
+    """ZeRO-3 marks its parameters, and leaves empty ones behind."""
+    pytest.importorskip("safetensors")
+    fused_lora.save_adapter(model(), tmp_path)
+    whole = model()
+    for parameter in whole.parameters():
+        parameter.ds_id, parameter.data = 1, parameter.new_empty(0)
+    gather = r"this process has a shard .* deepspeed.zero.GatheredParameters"
+    for call, words in (
+        (lambda: fused_lora.save_adapter(whole, tmp_path / "other"), gather),
+        (lambda: fused_lora.lora_state_dict(whole), gather),
+        (lambda: fused_lora.load_adapter(whole, tmp_path), "is sharded: load an adapter before"),
+        (lambda: fused_lora.merge_adapter(whole), "ZeRO-3 holds the base weight"),
+        (lambda: fused_lora.unload(whole), "ZeRO-3 looks for its parameters"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            call()
+    plain = nn.Sequential(nn.Linear(4, 4))
+    plain[0].weight.ds_id = 1
+    with pytest.raises(TypeError, match="DeepSpeed holds its parameters already"):
+        fused_lora.apply_lora(plain, r=2, lora_alpha=2)
+
+
 def test_one_parametrized_layer_leaves_all_of_them_merged():
     whole = nn.Sequential(model()[0], model()[0])
     fused_lora.merge_adapter(whole)
