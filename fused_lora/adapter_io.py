@@ -109,53 +109,17 @@ def load_adapter(
     """
     given, model = model, unwrapped(model)
     packs = pack_layers(model)
-    folder = adapter_folder(directory, name)
     if packs:
-        if not folder.is_dir() and not (Path(directory) / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"neither {folder} nor {directory} holds an adapter")
-        adapter = read_adapter(folder if folder.is_dir() else Path(directory))
-        require_same_embeddings(model, adapter)
-        put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))
+        _load_into_packs(model, packs, directory, name)
         return given
-    adapter = read_adapter(folder)
-    layers, replacement = lora_layers(model), None
-    if not layers and holds_peft_layers(model):
-        require_layers(model)  # raises, and says what to do with those
-    if _in_ddp(given) and any(
-        path not in layers or layers[path].r != lora_A.shape[0]
-        for path, (lora_A, _) in adapter.factors.items()
-    ):
-        raise RuntimeError(
-            "DistributedDataParallel averages the gradients of the parameters that it was made "
-            "with: load an adapter of another rank, or a first one, before it"
-        )
-    if not layers:
-        _check_targets(model, adapter)
-    else:
-        remedy = "call unload() and load again, or take the adapter of this model"
-        check_same("LoRA layers of the model", set(layers), set(adapter.factors), remedy)
-    options = {}
-    for path, (lora_A, lora_B) in adapter.factors.items():
-        dtype = torch.promote_types(lora_A.dtype, lora_B.dtype)
-        options[path] = {"r": lora_A.shape[0], "lora_alpha": 1.0, "adapter_dtype": dtype}
-    if not layers:
-        replacement = Replacement(model, options)
+    adapter = read_adapter(adapter_folder(directory, name))
+    layers = lora_layers(model)
+    _require_fit(given, layers, adapter)
+    replacement = None if layers else _layers_for(model, adapter)
+    if replacement is not None:
         layers = replacement.layers
     for path, layer in layers.items():
-        if layer.sharded:
-            raise RuntimeError(
-                f"{path} is sharded: load an adapter before the model is, or its tensors by "
-                "torch.distributed.checkpoint.state_dict"
-            )
-        reason = layer.why_not_write()
-        if reason is not None:
-            raise RuntimeError(f"{path}: {reason}")
-        _check_factors(path, layer, *adapter.factors[path])
-        if not layer.has_base:
-            raise RuntimeError(
-                f"{path} is merged and merge(keep_base=False) let its base weight go: load a base "
-                "checkpoint first"
-            )
+        _require_place(path, layer, adapter)
     _warn_of_shared(model, layers)  # a warning may be an error: before anything is written
     config = adapter.config
     with write_extras(model, adapter), all_or_nothing(layers.values()):
@@ -171,6 +135,69 @@ def load_adapter(
     return given
 
 
+def _load_into_packs(
+    model: nn.Module,
+    packs: Mapping[str, MultiLoRALinear],
+    directory: str | os.PathLike[str],
+    name: str | None,
+) -> None:
+    folder = adapter_folder(directory, name)
+    if not folder.is_dir():
+        folder = Path(directory)
+        if not (folder / CONFIG_FILE).is_file():
+            missing = adapter_folder(directory, name)
+            raise FileNotFoundError(f"neither {missing} nor {folder} holds an adapter")
+    adapter = read_adapter(folder)
+    require_same_embeddings(model, adapter)
+    put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))
+
+
+def _require_fit(given: nn.Module, layers: Mapping[str, LoRALayer], adapter: Adapter) -> None:
+    """Raise if the file is not one for the LoRA layers that the model has, or if it would bring
+    other Parameters than data parallelism around the model knows."""
+    ranks = {path: lora_A.shape[0] for path, (lora_A, _) in adapter.factors.items()}
+    if not layers and holds_peft_layers(given):
+        require_layers(given)  # raises, and says what to do with those
+    stay = all(path in layers and layers[path].r == r for path, r in ranks.items())
+    ddp = nn.parallel.DistributedDataParallel
+    if not stay and any(isinstance(module, ddp) for module in given.modules()):
+        raise RuntimeError(
+            "DistributedDataParallel averages the gradients of the parameters that it was made "
+            "with: load an adapter of another rank, or a first one, before it"
+        )
+    if layers:
+        remedy = "call unload() and load again, or take the adapter of this model"
+        check_same("LoRA layers of the model", set(layers), set(ranks), remedy)
+
+
+def _layers_for(model: nn.Module, adapter: Adapter) -> Replacement:
+    """LoRA layers with room for the factors of the file, whose lora_alpha comes with them."""
+    _check_targets(model, adapter)
+    options = {}
+    for path, (lora_A, lora_B) in adapter.factors.items():
+        dtype = torch.promote_types(lora_A.dtype, lora_B.dtype)
+        options[path] = {"r": lora_A.shape[0], "lora_alpha": 1.0, "adapter_dtype": dtype}
+    return Replacement(model, options)
+
+
+def _require_place(path: str, layer: LoRALayer, adapter: Adapter) -> None:
+    """Raise if the layer cannot take its factors."""
+    if layer.sharded:
+        raise RuntimeError(
+            f"{path} is sharded: load an adapter before the model is, or its tensors by "
+            "torch.distributed.checkpoint.state_dict"
+        )
+    reason = layer.why_not_write()
+    if reason is not None:
+        raise RuntimeError(f"{path}: {reason}")
+    _check_factors(path, layer, *adapter.factors[path])
+    if not layer.has_base:
+        raise RuntimeError(
+            f"{path} is merged and merge(keep_base=False) let its base weight go: load a base "
+            "checkpoint first"
+        )
+
+
 def _warn_of_shared(model: nn.Module, paths: Collection[str]) -> None:
     several = [
         where[0].path
@@ -183,10 +210,6 @@ def _warn_of_shared(model: nn.Module, paths: Collection[str]) -> None:
             "places, in PEFT in the first alone, so that one file means two things",
             stacklevel=3,
         )
-
-
-def _in_ddp(model: nn.Module) -> bool:
-    return any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
 
 
 def _check_targets(model: nn.Module, adapter: Adapter) -> None:

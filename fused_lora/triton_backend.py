@@ -59,15 +59,15 @@ def _forward(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
-    scaling: Tensor | None,
+    scale_tensor: Tensor | None,
     seed: Tensor | None,
     ids: Tensor | None,
     owner: Tensor | None,
-    scalings: Tensor | None,
+    column_scaling: Tensor | None,
     window: Tensor | None,
     forced: str | config.Product,
     precision: str,
-    scale: float,
+    scale_value: float,
     dropout_p: float,
     for_backward: bool,
 ) -> list[Tensor]:
@@ -75,12 +75,12 @@ def _forward(
     y = tape.empty((M, weight.shape[0]))
     S = tape.empty((M, padded_rank(lora_A.shape[0]))) if for_backward else None
     mask = new_mask(tape, M, K, dropout_p, seed)
-    scaled = Scale(scale * dropout.keep_scale(dropout_p), scaling)
+    scale = _scale(scale_value, scale_tensor, dropout_p)
     w, b = weight.t(), lora_B.t()
-    pack = _pack(ids, owner, scalings, window)
+    pack = _pack(ids, owner, column_scaling, window)
     plan = plan_for(forced, x, w, lora_A, y, draw=mask)
     adapted_product(
-        *(tape, plan, x, w, lora_A, b, y, S, scaled, pack, precision),
+        *(tape, plan, x, w, lora_A, b, y, S, scale, pack, precision),
         bias=bias,
         draw=mask,
     )
@@ -130,10 +130,10 @@ def _backward(
     lora_B: Tensor,
     S: Tensor | None,
     mask_bits: Tensor | None,
-    scaling: Tensor | None,
+    scale_tensor: Tensor | None,
     ids: Tensor | None,
     owner: Tensor | None,
-    scalings: Tensor | None,
+    column_scaling: Tensor | None,
     window: Tensor | None,
     forced: str | config.Product,
     precision: str,
@@ -146,10 +146,10 @@ def _backward(
     M = dy.shape[0]
     N, (r, K) = lora_B.shape[0], lora_A.shape
     device = config.device_of(dy.device)
-    scale = Scale(scale_value * dropout.keep_scale(dropout_p), scaling)
+    scale = _scale(scale_value, scale_tensor, dropout_p)
     mask = None if mask_bits is None else Mask(mask_bits, dropout_p)
     a = lora_B.t()
-    pack = _pack(ids, owner, scalings, window)
+    pack = _pack(ids, owner, column_scaling, window)
     apart = weight is None and needs_x
     dS = tape.empty((M, padded_rank(r))) if needs_A or apart else None
     dx = tape.empty((M, K)) if needs_x else None
@@ -232,23 +232,23 @@ def _term(
     tape: Tape,
     x: Tensor,
     lora_A: Tensor,
-    scaling: Tensor | None,
+    scale_tensor: Tensor | None,
     seed: Tensor | None,
     ids: Tensor | None,
     owner: Tensor | None,
-    scalings: Tensor | None,
+    column_scaling: Tensor | None,
     window: Tensor | None,
     precision: str,
-    scale: float,
+    scale_value: float,
     dropout_p: float,
 ) -> list[Tensor]:
     """[S [M, padded r]] and with dropout the packed mask."""
     M, K = x.shape
     S = tape.empty((M, padded_rank(lora_A.shape[0])))
-    pack = _pack(ids, owner, scalings, window)
+    pack = _pack(ids, owner, column_scaling, window)
     mask = new_mask(tape, M, K, dropout_p, seed)
-    scaled = Scale(scale * dropout.keep_scale(dropout_p), scaling)
-    shrink_alone(x, lora_A, S, scaled, pack, precision, draw=mask)
+    scale = _scale(scale_value, scale_tensor, dropout_p)
+    shrink_alone(x, lora_A, S, scale, pack, precision, draw=mask)
     return [S] if mask is None else [S, mask.bits]
 
 
@@ -276,13 +276,15 @@ def adapter_gradients(
 _ONE_ADAPTER = (None, None, None, None)
 
 
-def _pack(
-    ids: Tensor | None, owner: Tensor | None, scalings: Tensor | None, window: Tensor | None
-) -> Adapters | None:
+def _pack(*tables: Tensor | None) -> Adapters | None:
     """The tables of a pack from the inputs of a tape, None if there is one adapter."""
-    if ids is None or owner is None or scalings is None or window is None:
-        return None
-    return Adapters(ids, owner, scalings, window)
+    given = [table for table in tables if table is not None]
+    return Adapters(*given) if given else None
+
+
+def _scale(value: float, tensor: Tensor | None, dropout_p: float) -> Scale:
+    """What S and dS carry: the scaling, and 1 / (1 - p) of what dropout keeps."""
+    return Scale(value * dropout.keep_scale(dropout_p), tensor)
 
 
 def choose_backend(x: Tensor, N: int, r: int) -> str:

@@ -104,12 +104,19 @@ RANK_GRAD = (
 DROPPED = tuple(
     Bug(*bug, options={"dropout_p": 0.5})
     for bug in (
-        ("S without 1 / (1 - p)", triton_backend, "scale * dropout.keep_scale(dropout_p)", "scale"),
+        (
+            "S without 1 / (1 - p)",
+            triton_backend,
+            "mask = new_mask(tape, M, K, dropout_p, seed)\n    scale = _scale(scale_value, "
+            "scale_tensor, dropout_p)",
+            "mask = new_mask(tape, M, K, dropout_p, seed)\n    scale = _scale(scale_value, "
+            "scale_tensor, 0.0)",
+        ),
         (
             "dS without 1 / (1 - p)",
             triton_backend,
-            "scale_value * dropout.keep_scale(dropout_p)",
-            "scale_value",
+            "scale = _scale(scale_value, scale_tensor, dropout_p)\n    mask = None",
+            "scale = _scale(scale_value, scale_tensor, 0.0)\n    mask = None",
         ),
         ("S of what was dropped", shrink, "BLOCK_K) != 0, x", "BLOCK_K) == 0, x"),
         (
