@@ -255,7 +255,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("step", choices=[*steps.GROUPS, *checkups.STEPS])
     parser.add_argument("--output", type=Path, required=True, help="folder of the JSON files")
     parser.add_argument("--minutes", type=float, default=9.0, help="end before this")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="that compile in parallel"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only list what would be measured")
     parser.add_argument("--compile-only", action="store_true", help="only compile, for sm_90")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

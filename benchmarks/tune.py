@@ -233,15 +233,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder for a copy of the table")
     parser.add_argument("--minutes", type=float, default=9.0, help="end before this")
-    parser.add_argument("--tokens", type=positive_list, default=search.TOKENS)
-    parser.add_argument("--ranks", type=positive_list, default=search.RANKS)
+    parser.add_argument(
+        "--tokens", type=positive_list, default=search.TOKENS, help="numbers of tokens: 8192,16"
+    )
+    parser.add_argument("--ranks", type=positive_list, default=search.RANKS, help="ranks: 16,64")
     parser.add_argument(
         "--skip",
         type=lambda text: text.split(","),
         default=[],
         help="paths that crash or hang, e.g. hopper,decode",
     )
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="that compile in parallel"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only list what would be tuned")
     args = parser.parse_args(arguments)
     unknown = set(args.skip) - set(config.PATHS)
