@@ -142,12 +142,16 @@ class AdapterPack(nn.Module):
         return list(self._entries)
 
     def id(self, name: str) -> int:
+        """What `adapter_ids` name the adapter by. Raises KeyError if there is none, as do all that
+        take a name."""
         return self._entry(name).id
 
     def rank(self, name: str) -> int:
+        """The adapter's own rank, without the padding."""
         return self._entry(name).r
 
     def scaling_of(self, name: str) -> float:
+        """The adapter's factor, lora_alpha / r where it came from those."""
         return self._entry(name).scaling
 
     def columns(self, name: str) -> Tensor:

@@ -161,10 +161,23 @@ class LoRALayer(nn.Module):
     _written: tuple[str, ...] = ("lora_A", "lora_B")
     """What `set_adapter`, `merge` and `unmerge` exchange."""
 
+    def _require_mergeable(
+        self, keep_base: bool | Literal["cpu"], requantise: bool = False
+    ) -> None:
+        reason = self.why_not_merge(requantise)
+        if reason is not None:
+            raise RuntimeError(reason)
+        if keep_base not in (True, False, "cpu"):
+            raise ValueError(f"keep_base must be True, False or 'cpu': got {keep_base!r}")
+
     def merge(self, keep_base: bool | Literal["cpu"] = True, requantise: bool = False) -> LoRALayer:
+        """Put W0 + scaling * B A in the place of the base weight; returns self. Raises RuntimeError
+        where `why_not_merge` has a reason, ValueError for another keep_base."""
         raise NotImplementedError
 
     def unmerge(self) -> LoRALayer:
+        """Put the base weight back, bit for bit; returns self. Raises RuntimeError if the layer is
+        not merged or the base was let go."""
         raise NotImplementedError
 
     def reset_lora_parameters(self) -> None:

@@ -210,11 +210,7 @@ class FusedLoRALinear(LoRALayer):
                 "requantise=True is for quantised bases, this one is not quantised: call merge() "
                 "without it"
             )
-        reason = self.why_not_merge()
-        if reason is not None:
-            raise RuntimeError(reason)
-        if keep_base not in (True, False, "cpu"):
-            raise ValueError(f"keep_base must be True, False or 'cpu': got {keep_base!r}")
+        self._require_mergeable(keep_base)
         base = self.weight
         kept: Tensor | None = None
         with torch.inference_mode(False):  # or nothing could be differentiated through it later

@@ -79,6 +79,8 @@ def apply_lora(
     quantised linear layers of bitsandbytes and torchao can be targeted.
 
     Args:
+        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, backend: as in
+            `FusedLoRALinear`. Without `adapters`, r and lora_alpha must be given.
         target_modules: as in PEFT: a list of names, each a whole path or the end of one at a dot;
             a string is a regular expression for the whole path; "all-linear" is every linear layer
             but the output layer (`model.get_output_embeddings()`) or, of a model for sequence or
@@ -86,8 +88,6 @@ def apply_lora(
         exclude_modules: a list or a regular expression of the same kind; wins over target_modules.
         rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha} for single
             layers, matched against the end of the path as PEFT does.
-        r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, adapter_dtype, backend: as in
-            `FusedLoRALinear`. Without `adapters`, r and lora_alpha must be given.
         adapters: {name: options, or a folder in PEFT's format}: many adapters in one batch, chosen
             by `use_adapters`. The layers are then `MultiLoRALinear`. Options are this function's
             own, r, lora_alpha, target_modules, exclude_modules, rank_pattern, alpha_pattern and

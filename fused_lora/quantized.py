@@ -151,12 +151,9 @@ class QuantizedLoRALinear(LoRALayer):
     ) -> QuantizedLoRALinear:
         """With requantise=True put a new base layer, W0 + scaling * B A summed in fp32 and
         quantised as the old one was, in its place. keep_base as in `FusedLoRALinear.merge`. Raises
-        RuntimeError without requantise, and where the weight does not tell how it was quantised."""
-        reason = self.why_not_merge(requantise)
-        if reason is not None:
-            raise RuntimeError(reason)
-        if keep_base not in (True, False, "cpu"):
-            raise ValueError(f"keep_base must be True, False or 'cpu': got {keep_base!r}")
+        RuntimeError without requantise, and where the weight does not tell how it was quantised,
+        ValueError for another keep_base."""
+        self._require_mergeable(keep_base, requantise)
         base, weight = self.base_layer, _dequantized(self.base_layer)
         assert weight is not None
         total = self.delta_weight().to(weight.device).add_(weight)
