@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -145,6 +146,7 @@ class _Chosen:
         self, ids: Tensor, beam_ids: Tensor | None, cu_tokens: Tensor | None, block: Hashable
     ) -> None:
         self.ids, self.beam_ids, self.cu_tokens = ids, beam_ids, cu_tokens
+        self.thread = threading.get_ident()
         self._block, self._version, self._number = block, -1, ids
         self._calls, self._backward, self._again = 0, -1, 0
 
@@ -316,6 +318,18 @@ class MultiLoRALinear(nn.Module):
 
 
 _BLOCKS = itertools.count()
+_choosing = threading.Lock()
+
+
+def _require_this_thread(layers: Sequence[MultiLoRALinear]) -> None:
+    """Raise RuntimeError if another thread is in a block: the adapters are chosen for a model, since
+    backward, which may compute a forward pass again, has threads of its own."""
+    for layer in layers:
+        if layer._chosen is not None and layer._chosen.thread != threading.get_ident():
+            raise RuntimeError(
+                "another thread is inside a use_adapters block of this model, whose adapters this "
+                "one would take: serve one batch after the other, or both in one"
+            )
 
 
 @contextlib.contextmanager
@@ -330,8 +344,7 @@ def use_adapters(
 
     So unchanged model code, a `forward` or `generate` of transformers, serves a mixed batch. Under
     activation checkpointing call backward inside the block that made the forward pass: it computes
-    that again, with the adapters of the block that it is in. Blocks nest; not
-    thread-safe.
+    that again, with the adapters of the block that it is in. Blocks nest; one thread at a time.
 
     Args:
         ids, cu_tokens: as `adapter_ids` and `cu_tokens` of `multi_lora_linear`, for packs that were
@@ -344,8 +357,8 @@ def use_adapters(
 
     Raises ValueError if the model has no MultiLoRALinear, num_beams is below 1 or beams are to be
     packed by cu_tokens, KeyError for a name that a pack lacks, TypeError for ids that are neither a
-    tensor nor a sequence of names; a layer raises RuntimeError if checkpointing computes another
-    block's forward pass again.
+    tensor nor a sequence of names, RuntimeError if another thread is in a block of this model; a
+    layer raises RuntimeError if checkpointing computes another block's forward pass again.
     """
     if isinstance(ids, str) or not isinstance(ids, (Tensor, Iterable)):
         raise TypeError(f"ids is {ids!r}, expected a list, one name per sequence, or a tensor")
@@ -357,7 +370,6 @@ def use_adapters(
     layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")
-    before = [layer._chosen for layer in layers]
     if isinstance(ids, Tensor):
         block: Hashable = next(_BLOCKS)
         many = num_beams > 1 and ids.dim() > 0
@@ -380,9 +392,12 @@ def use_adapters(
             )
             for layer in layers
         ]
-    try:
+    with _choosing:
+        _require_this_thread(layers)
+        before = [layer._chosen for layer in layers]
         for layer, own in zip(layers, chosen, strict=True):
             layer._chosen = own
+    try:
         yield
     finally:
         for layer, earlier in zip(layers, before, strict=True):

@@ -3,6 +3,7 @@ model code, the compiler."""
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -292,3 +293,31 @@ def test_on_a_gpu_unknown_ids_count_as_none_without_the_debug_switch():
     x = torch.randn(40, 64, device="cuda", dtype=BF16)
     unknown = torch.tensor([7, -2, 2**30, -(2**31)], dtype=torch.int32, device="cuda").repeat(10)
     assert torch.equal(layer(x, unknown), layer(x, torch.full_like(unknown, -1)))
+
+
+def test_a_second_thread_cannot_choose_other_adapters_meanwhile():
+    layer = MultiLoRALinear(4, 4, total_rank=32)
+    for name in "ab":
+        layer.pack.add_untrained(name, 2)
+    seen = []
+
+    def serve():
+        try:
+            with use_adapters(layer, ["b"]):
+                seen.append(layer._chosen.ids.item())
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    def in_a_thread():
+        thread = threading.Thread(target=serve)
+        thread.start()
+        thread.join()
+
+    with use_adapters(layer, ["a"]):
+        in_a_thread()
+        assert layer._chosen.ids.item() == layer.pack.id("a")
+        with use_adapters(layer, ["b"]):  # this thread may
+            pass
+    in_a_thread()
+    assert "another thread is inside a use_adapters block" in seen[0]
+    assert seen[1:] == [layer.pack.id("b")] and layer._chosen is None
