@@ -322,7 +322,7 @@ _choosing = threading.Lock()
 
 
 def _require_this_thread(layers: Sequence[MultiLoRALinear]) -> None:
-    """Raise RuntimeError if another thread is in a block: the adapters are chosen for a model, since
+    """Raise RuntimeError if another thread is in a block: adapters are chosen for a model, since
     backward, which may compute a forward pass again, has threads of its own."""
     for layer in layers:
         if layer._chosen is not None and layer._chosen.thread != threading.get_ident():
