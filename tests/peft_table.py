@@ -3,6 +3,7 @@ paths that its layers took are written down. `python tests/peft_table.py` writes
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -346,5 +347,6 @@ in PEFT. PEFT 0.18 makes no LoRA layer at all where torchao 0.18 is installed; 0
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=f"Write {DOCUMENT.name} anew.").parse_args()
     DOCUMENT.write_text(document(), encoding="utf-8")
     print(f"wrote {DOCUMENT.name}")
