@@ -357,7 +357,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return finetune(args, device)
+        status = finetune(args, device)
+        if dist.is_initialized():
+            dist.barrier()  # leaving early could abort the others at their end
+        return status
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -69,7 +69,7 @@ def lora_delta(
         require_seen_through(recorded=True)
     options = checked_options(base_output, scaling, dropout_p, seed, backend)
     rows = x.to(base_output.dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])  # [M, K]
-    if torch.compiler.is_exporting():  # which calls whatever a Function does a constant
+    if ops.exporting():  # which calls whatever a Function does a constant
         return delta(base_output, rows, lora_A, lora_B, *options, False)[0]
     tensors = (base_output, rows, lora_A, lora_B)
     with contextlib.nullcontext() if any(map(is_tracked, tensors)) else torch.no_grad():

@@ -84,7 +84,7 @@ def run(
     if not torch.compiler.is_compiling():
         require_seen_through(wants_grad)
     # torch.export calls whatever a Function does a constant: it gets the operator
-    if wants_grad and not torch.compiler.is_exporting():
+    if wants_grad and not ops.exporting():
         arguments = (rows, weight, lora_A, lora_B, bias, options, adapters, unpack, block, False)
         y = LoRALinearFunction.apply(*arguments)
     else:

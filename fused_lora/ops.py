@@ -150,6 +150,11 @@ def transformed() -> bool:
     return interpreter is not None and interpreter.key() != transforms.Functionalize
 
 
+def exporting() -> bool:
+    """torch.compiler.is_exporting(), which the compiler of torch 2.10 takes to be true always."""
+    return torch.compiler._is_exporting_flag
+
+
 def call(operator: OpOverload, *arguments: Any) -> Any:
     """`operator(*arguments)`. Bypasses the dispatcher, which takes as long as the launches, when no
     mode, trace or profiler needs to see the call."""

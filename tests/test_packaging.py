@@ -87,10 +87,9 @@ def test_the_wheel_asks_for_torch_triton_and_numpy_alone(wheel):
         metadata = next(name for name in archive.namelist() if name.endswith("METADATA"))
         fields = Parser().parsestr(archive.read(metadata).decode())
     required = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
-    assert [line.partition(">")[0].partition(";")[0] for line in required] == [
-        *("torch", "triton", "numpy")
-    ]
-    assert "sys_platform" in required[1]
+    names = {line.partition(">")[0].partition(";")[0] for line in required}
+    assert names == {"torch", "triton", "numpy"}
+    assert ["sys_platform" in line for line in required if line.startswith("triton")] == [True]
     assert fields["Requires-Python"] == ">=3.10"
     extras = {"test", "bench", "adapters", "quantized", "peft", "trl", "examples", "metrics"}
     assert set(fields.get_all("Provides-Extra")) == extras

@@ -417,7 +417,7 @@ def _why_peft(
     if layer.keeps_dtype and torch.promote_types(_compute_dtype(x), x.dtype) != x.dtype:
         return f"{_name(x.dtype)} x under autocast in {_name(_compute_dtype(x))}"
     if torch.compiler.is_compiling():
-        return "being exported" if torch.compiler.is_exporting() else None
+        return "being exported" if ops.exporting() else None
     if torch._C._get_tracing_state() is not None:
         return "being traced"
     if ops.transformed():
