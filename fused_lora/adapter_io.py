@@ -4,7 +4,6 @@ refused leaves the model exactly as it was."""
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,6 @@ from fused_lora.model import (
     holds_peft_layers,
     require_layers,
     require_values,
-    unwrapped,
 )
 from fused_lora.multi import MultiLoRALinear
 from fused_lora.packs import put_adapter
@@ -53,6 +51,7 @@ from fused_lora.places import (
     some,
 )
 from fused_lora.targets import describe_targets, describe_values, in_whole, layer_indices
+from fused_lora.wrapped import below_ddp, sharded_now, unwrapped, warn
 
 
 def save_adapter(
@@ -75,9 +74,8 @@ def save_adapter(
     """
     if modules_to_save is not None:
         require_names("modules_to_save", modules_to_save)
-    model = unwrapped(model)
     adapter = adapter_of(model, bias, modules_to_save, name)
-    _warn_of_shared(model, adapter.factors)
+    _warn_of_shared(unwrapped(model), adapter.factors)
     write_directory(adapter_folder(directory, name), adapter.files())
 
 
@@ -130,8 +128,8 @@ def load_adapter(
                 use_rslora=config.use_rslora,
                 lora_dropout=config.lora_dropout,
             )
-    if replacement is not None:
-        replacement.commit()
+        if replacement is not None:
+            replacement.commit()
     return given
 
 
@@ -154,13 +152,16 @@ def _load_into_packs(
 
 def _require_fit(given: nn.Module, layers: Mapping[str, LoRALayer], adapter: Adapter) -> None:
     """Raise if the file is not one for the LoRA layers that the model has, or if it would bring
-    other Parameters than data parallelism around the model knows."""
+    other Parameters than data parallelism around them knows."""
     ranks = {path: lora_A.shape[0] for path, (lora_A, _) in adapter.factors.items()}
     if not layers and holds_peft_layers(given):
         require_layers(given)  # raises, and says what to do with those
-    stay = all(path in layers and layers[path].r == r for path, r in ranks.items())
-    ddp = nn.parallel.DistributedDataParallel
-    if not stay and any(isinstance(module, ddp) for module in given.modules()):
+    known = below_ddp(given)
+    exchanged: list[nn.Module] = [m for path, m in layers.items() if m.r != ranks.get(path)]
+    if not layers and known:
+        places = module_places(unwrapped(given)).items()
+        exchanged = [m for m, where in places if any(place.path in ranks for place in where)]
+    if known.intersection(exchanged):
         raise RuntimeError(
             "DistributedDataParallel averages the gradients of the parameters that it was made "
             "with: load an adapter of another rank, or a first one, before it"
@@ -205,10 +206,9 @@ def _warn_of_shared(model: nn.Module, paths: Collection[str]) -> None:
         if len(where) > 1 and any(place.path in paths for place in where)
     ]
     if several:
-        warnings.warn(
+        warn(
             f"{some(several)} is used under several names: here an adapter stands in all of its "
-            "places, in PEFT in the first alone, so that one file means two things",
-            stacklevel=3,
+            "places, in PEFT in the first alone, so that one file means two things"
         )
 
 
@@ -262,6 +262,7 @@ def adapter_of(
 ) -> Adapter:
     """The adapter of a model, with biases and modules as `save_adapter` says; of its packs the one
     of this name."""
+    shards, model = sharded_now(model), unwrapped(model)
     packs = pack_layers(model)
     if packs and (bias not in (None, "none") or modules_to_save):
         raise ValueError(
@@ -290,7 +291,7 @@ def adapter_of(
     for name in modules_to_save or ():
         extras |= whole_modules(model, name, list(layers))
     for key, value in extras.items():
-        require_here(key, value)
+        require_here(key, value, shards)
     rslora = {layer.use_rslora for layer in layers.values()}
     alphas = {
         path: layer.lora_alpha if len(rslora) == 1 else layer.scaling * layer.r

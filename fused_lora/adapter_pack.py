@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fused_lora.functional import check_kinds
 from fused_lora.layer import check_adapter_options, initialise, is_size, is_to_empty
 from fused_lora.scale import NOBODY, RANK_PADDING, Adapters, padded_rank
+from fused_lora.wrapped import manager_of
 
 
 class _Entry(NamedTuple):
@@ -187,8 +188,7 @@ class AdapterPack(nn.Module):
         them or FSDP has sharded them."""
         if self.owner.is_meta:
             raise ValueError("the pack is on the meta device, without storage: build it elsewhere")
-        managed = getattr(self, "_is_fsdp_managed_module", False)  # torch's own mark
-        if managed or type(self.lora_A).__name__ == "DTensor":
+        if manager_of(self, self.lora_A) or type(self.lora_A).__name__ == "DTensor":
             raise RuntimeError(
                 "the pack is sharded: add, replace, remove and save adapters before FSDP; "
                 "torch.distributed.checkpoint.state_dict takes its whole state"

@@ -72,8 +72,13 @@ def lora_delta(
     if ops.exporting():  # which calls whatever a Function does a constant
         return delta(base_output, rows, lora_A, lora_B, *options, False)[0]
     tensors = (base_output, rows, lora_A, lora_B)
-    with contextlib.nullcontext() if any(map(is_tracked, tensors)) else torch.no_grad():
+    wanted = any(tensor.requires_grad for tensor in tensors)
+    untracked = wanted and not any(map(is_tracked, tensors))  # made in inference mode
+    with torch.no_grad() if untracked else _AS_IT_IS:
         return _LoRADelta.apply(*tensors, *options, in_place, False)
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class _LoRADelta(torch.autograd.Function):

@@ -13,8 +13,8 @@ from fused_lora.layer import LoRALayer
 from fused_lora.linear import FusedLoRALinear
 from fused_lora.model import holds_peft_layers
 from fused_lora.multi import MultiLoRALinear
-from fused_lora.places import require_module
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
+from fused_lora.wrapped import require_module
 
 DEFAULT_TOKENS = 4096
 

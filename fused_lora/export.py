@@ -15,7 +15,6 @@ from fused_lora.adapter_config import AdapterConfig
 from fused_lora.adapter_files import Adapter, adapter_folder, read_adapter
 from fused_lora.adapter_io import adapter_of
 from fused_lora.atomic import write_directory
-from fused_lora.model import unwrapped
 from fused_lora.places import module_places, pack_layers
 
 Server = Literal["vllm", "sglang", "peft"]
@@ -50,10 +49,9 @@ def export_adapter(
         raise ValueError(f"for_ must be 'vllm', 'sglang' or 'peft': got {for_!r}")
     model = model_or_directory if isinstance(model_or_directory, nn.Module) else None
     if isinstance(model_or_directory, nn.Module):
-        bare = unwrapped(model_or_directory)
-        if name is not None and not pack_layers(bare):
+        if name is not None and not pack_layers(model_or_directory):
             raise ValueError(f"name={name!r}, but the model has one adapter: leave name out")
-        adapter = adapter_of(bare, name=name)
+        adapter = adapter_of(model_or_directory, name=name)
     else:
         adapter = read_adapter(adapter_folder(model_or_directory, name))
     if for_ != "peft":

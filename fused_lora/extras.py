@@ -4,7 +4,8 @@ against a model, written over its own values, and those put back."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,16 +22,19 @@ from fused_lora.adapter_files import (
     unexplained,
 )
 from fused_lora.linear import FusedLoRALinear
-from fused_lora.places import clean_path, module_places
+from fused_lora.places import module_places
 from fused_lora.targets import whole
+from fused_lora.wrapped import clean_path, manager_of
 
-_EXTRAS, _AWAY = "_fused_lora_extras", "_fused_lora_extras_away"
+_EXTRAS = "_fused_lora_extras"
+_away: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # whose extras are
 
 
 class Original(NamedTuple):
-    """A value that an adapter file was written over, and the tensor that held it."""
+    """A value that an adapter file was written over, and who held it."""
 
-    own: Tensor
+    module: nn.Module
+    tensor: Tensor
     value: Tensor
 
 
@@ -54,6 +58,13 @@ class Held(NamedTuple):
     @property
     def tied(self) -> bool:
         return len(self.places) > 1
+
+    @property
+    def manager(self) -> str | None:
+        """Who holds it in shards, None if nobody does."""
+        found = (manager_of(module, self.tensor) for module, _ in self.places)
+        dtensor = "FSDP or parallelize_module" if type(self.tensor).__name__ == "DTensor" else None
+        return next((name for name in found if name is not None), dtensor)
 
     def put(self, tensor: Tensor) -> None:
         for module, name in self.places:
@@ -130,6 +141,8 @@ def require_same_embeddings(model: nn.Module, adapter: Adapter) -> None:
 def _own(held: dict[str, Held], key: str, value: Tensor) -> Held:
     """What `value` would be written to, if it can be."""
     own = held.get(key)
+    if own is not None and own.manager is not None:
+        raise RuntimeError(f"{key} is held by {own.manager}: load an adapter before the model is")
     if own is None or own.tensor.shape != value.shape:
         got = "no such parameter" if own is None else f"a parameter {shape_of(own.tensor)}"
         raise ValueError(
@@ -153,7 +166,13 @@ def _embedding_keys(model: nn.Module, held: dict[str, Held]) -> set[str]:
     return {key for key, own in held.items() if id(own.tensor) in weights}
 
 
-def require_here(key: str, value: Tensor) -> None:
+def require_here(key: str, value: Tensor, shards: Collection[int] = ()) -> None:
+    """Raise RuntimeError if the value is elsewhere, or a shard: shards are ids of tensors."""
+    if type(value).__name__ == "DTensor" or hasattr(value, "ds_id") or id(value) in shards:
+        raise RuntimeError(
+            f"{key} is sharded: save inside of FullyShardedDataParallel.summon_full_params(model), "
+            "or gather the state_dict into a model on one process and save that"
+        )
     if value.is_meta:
         raise RuntimeError(
             f"{key} is on the meta device, as accelerate leaves what it offloads: call "
@@ -162,7 +181,8 @@ def require_here(key: str, value: Tensor) -> None:
 
 
 def extras_of(model: nn.Module) -> Extras:
-    return getattr(model, _EXTRAS, Extras({}, "none", []))
+    found: Extras | None = vars(model).get(_EXTRAS)
+    return Extras({}, "none", []) if found is None else found
 
 
 def forget_extras(model: nn.Module) -> None:
@@ -173,7 +193,7 @@ def forget_extras(model: nn.Module) -> None:
 
 def require_extras_here(model: nn.Module) -> None:
     """Raise RuntimeError inside of `originals_back`."""
-    if any(_AWAY in vars(module) for module in model.modules()):
+    if not _away.isdisjoint(model.modules()):
         raise RuntimeError(
             "inside disable_adapters the biases and modules of the adapter are away: call this "
             "outside of the block"
@@ -181,17 +201,20 @@ def require_extras_here(model: nn.Module) -> None:
 
 
 def _originals(model: nn.Module, held: dict[str, Held]) -> dict[str, Tensor]:
-    """{key: value} of the originals whose Parameters the model still has: another one, assigned in
-    the place of one, is a new base."""
+    """{key: value} of the originals whose modules or Parameters the model still has: another one,
+    put in the place of one, is a new base."""
     kept = {}
-    for key, (own, value) in extras_of(model).originals.items():
-        if key not in held:
+    for key, (module, tensor, value) in extras_of(model).originals.items():
+        own = held.get(key)
+        if own is None:
             continue
-        now = held[key].tensor
-        if type(now).__name__ == "DTensor":
-            raise RuntimeError(f"{key} is sharded: the base's value cannot be put in its place")
-        same = now is own or not isinstance(own, nn.Parameter)  # .to() makes other buffers
-        if same and now.shape == own.shape:
+        if own.tensor is not tensor and all(place is not module for place, _ in own.places):
+            continue
+        if own.manager is not None:
+            raise RuntimeError(
+                f"{key} is held by {own.manager}: the base's value cannot be put in its place"
+            )
+        if own.tensor.shape == value.shape:
             kept[key] = value
     return kept
 
@@ -223,7 +246,11 @@ def write_extras(model: nn.Module, adapter: Adapter) -> Iterator[None]:
     except BaseException:
         _copy(held, kept)
         raise
-    remembered = {key: Original(held[key].tensor, originals.get(key, kept[key])) for key in extras}
+    remembered = {}
+    for key, own in held_tensors(model).items() if extras else ():  # LoRA layers may be new
+        if key in extras:
+            value = originals.get(key, kept[key])
+            remembered[key] = Original(own.places[0][0], own.tensor, value)
     if remembered or extras_of(model).originals:
         paths = {place.path for where in module_places(model).values() for place in where}
         names = adapter.config.modules_to_save or []  # PEFT adds those that a classifier may have
@@ -242,7 +269,7 @@ def originals_back(model: nn.Module) -> Iterator[None]:
     """Within the context the model has the values that an adapter file was written over, frozen, in
     Parameters of their own: what a graph made outside has kept stays as it is."""
     loaded = [module for module in model.modules() if extras_of(module).originals]
-    outermost = [module for module in loaded if _AWAY not in vars(module)]
+    outermost = [module for module in loaded if module not in _away]
     changed: list[Held] = []
     try:
         for module in outermost:
@@ -254,13 +281,13 @@ def originals_back(model: nn.Module) -> Iterator[None]:
                     value = nn.Parameter(value, requires_grad=False)
                 changed.append(own)
                 own.put(value)
-            setattr(module, _AWAY, True)
+            _away.add(module)
         yield
     finally:
         for own in reversed(changed):
             own.put(own.tensor)
         for module in outermost:
-            vars(module).pop(_AWAY, None)
+            _away.discard(module)
 
 
 def all_names(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

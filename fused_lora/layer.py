@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_lora.functional import DTYPES, check_backend, check_kinds
+from fused_lora.wrapped import manager_of
 
 InitLoRA = bool | Literal["kaiming", "gaussian"]
 _OPTIONS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
@@ -111,9 +112,7 @@ class LoRALayer(nn.Module):
     @property
     def manager(self) -> str | None:
         """Who exchanges the layer's Parameters for shards and back, None if nobody does."""
-        if getattr(self, "_is_fsdp_managed_module", False):  # torch's own mark
-            return "FSDP"  # either of the two
-        return "DeepSpeed ZeRO-3" if hasattr(self.lora_A, "ds_id") else None
+        return manager_of(self, self.lora_A)
 
     @property
     def sharded(self) -> bool:
@@ -135,6 +134,9 @@ class LoRALayer(nn.Module):
             )
         shapes = (self.r, self.in_features), (self.out_features, self.r)
         if (tuple(self.lora_A.shape), tuple(self.lora_B.shape)) != shapes:
+            if self.manager is None:
+                got = f"{tuple(self.lora_A.shape)} and {tuple(self.lora_B.shape)}"
+                return f"lora_A and lora_B are {got}, expected {shapes}: set_adapter exchanges them"
             gather = "FullyShardedDataParallel.summon_full_params(model)"
             if self.manager != "FSDP":
                 gather = "deepspeed.zero.GatheredParameters(list(model.parameters()))"

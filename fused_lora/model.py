@@ -7,7 +7,6 @@ module is touched. A module or weight that the model uses in several places is h
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,15 +28,15 @@ from fused_lora.packs import apply_packs
 from fused_lora.places import (
     Replacement,
     checked_targets,
-    clean_path,
     lora_layers,
     module_places,
+    new_head,
     pack_layers,
-    require_module,
     require_names,
     some,
 )
 from fused_lora.quantized import QuantizedLoRALinear
+from fused_lora.wrapped import below_ddp, clean_path, require_module, unwrapped, warn
 
 
 class TrainableParameters(NamedTuple):
@@ -84,7 +83,8 @@ def apply_lora(
         target_modules: as in PEFT: a list of names, each a whole path or the end of one at a dot;
             a string is a regular expression for the whole path; "all-linear" is every linear layer
             but the output layer (`model.get_output_embeddings()`) or, of a model for sequence or
-            token classification, the head (`score` or `classifier`), which is trained whole.
+            token classification, the head (`score` or `classifier`), which
+            `mark_only_lora_as_trainable` trains whole.
         exclude_modules: a list or a regular expression of the same kind; wins over target_modules.
         rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha} for single
             layers, matched against the end of the path as PEFT does.
@@ -137,17 +137,22 @@ def apply_lora(
 
 
 def mark_only_lora_as_trainable(
-    model: nn.Module, bias: Bias = "none", modules_to_save: Sequence[str] = ()
+    model: nn.Module, bias: Bias = "none", modules_to_save: Sequence[str] | None = None
 ) -> None:
     """Freeze everything but lora_A and lora_B, those of packs too.
 
     bias: "all" also trains every bias of the model, "lora_only" those of the LoRA layers.
     modules_to_save: names of modules to be trained whole, a new classifier say: ends of paths, at a
-        dot or not, as PEFT reads them. `save_adapter` saves these and the biases with the adapter.
+        dot or not, as PEFT reads them. None is the head (`score` or `classifier`) of a transformers
+        model for sequence or token classification, if it is without LoRA, and otherwise none.
+    `save_adapter` saves these modules and the biases with the adapter, also after another call that
+    names none. With packs they are all adapters' in common: save them apart.
     Raises ValueError for another bias, no LoRA layer, or a module that is not there, holds a LoRA
-    layer or is tied to another; then nothing is frozen."""
-    require_names("modules_to_save", modules_to_save)
-    model = unwrapped(model)
+    layer, is tied to another or cannot be trained; RuntimeError if DistributedDataParallel has
+    taken stock of what trains before; then nothing is frozen."""
+    if modules_to_save is not None:
+        require_names("modules_to_save", modules_to_save)
+    known, model = below_ddp(model), unwrapped(model)
     packed = pack_layers(model)
     packs = [layer.pack for layer in packed.values()]
     layers = lora_layers(model) if packs else require_layers(model)
@@ -158,11 +163,38 @@ def mark_only_lora_as_trainable(
         for name, parameter in holder.named_parameters()
         if any(part.startswith("lora_") for part in name.split("."))
     ]
-    whole = [whole_modules(model, name, [*layers, *packed]).values() for name in modules_to_save]
-    trained = {id(p) for p in (*adapters, *biases.values(), *itertools.chain(*whole))}
+    if modules_to_save is None:
+        modules_to_save = [] if packs else _new_head(model)
+    whole = {
+        key: tensor
+        for name in modules_to_save
+        for key, tensor in whole_modules(model, name, [*layers, *packed]).items()
+        if isinstance(tensor, nn.Parameter)
+    }
+    for key, parameter in whole.items():
+        if not parameter.is_floating_point():
+            raise ValueError(f"modules_to_save has {key}: {parameter.dtype} cannot be trained")
+    trained = {id(p) for p in (*adapters, *biases.values(), *whole.values())}
+    for parameter in (p for module in known for p in module.parameters(recurse=False)):
+        if id(parameter) in trained and not parameter.requires_grad:
+            raise RuntimeError(
+                "DistributedDataParallel averages the gradients of what trained when it was made, "
+                "and this call would add to that: mark the model before it is wrapped"
+            )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    remember_extras(model, bias, modules_to_save)
+    if packs and (whole or biases):
+        warn("biases and whole modules of a model with packs are not saved by save_adapter")
+    elif not packs:
+        remember_extras(model, bias, modules_to_save)
+
+
+def _new_head(model: nn.Module) -> list[str]:
+    """The name of the head that a classifier trains whole, in a list; none if it has LoRA."""
+    head = new_head(model)
+    if head is None or lora_layers(head):
+        return []
+    return [next(name for name, module in model.named_children() if module is head)]
 
 
 def lora_state_dict(model: nn.Module, bias: Bias = "none") -> dict[str, Tensor]:
@@ -321,19 +353,6 @@ def require_layers(model: nn.Module) -> dict[str, LoRALayer]:
 def holds_peft_layers(model: nn.Module) -> bool:
     peft = sys.modules.get("peft.tuners.tuners_utils")
     return peft is not None and any(isinstance(m, peft.BaseTunerLayer) for m in model.modules())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what data parallelism and torch.compile put around it."""
-    require_module(model)
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            inner: nn.Module | None = model.module
-        else:
-            inner = model._modules.get("_orig_mod") or model._modules.get("_fsdp_wrapped_module")
-        if inner is None:
-            return model
-        model = inner
 
 
 def bias_parameters(model: nn.Module, bias: Bias) -> dict[str, nn.Parameter]:

@@ -28,7 +28,7 @@ except (ImportError, AttributeError) as error:  # no triton here, or not one we 
     _import_error = str(error)
 
 
-_given = os.environ.get("FUSED_LORA_CHECK_IDS", "0")
+_given = os.environ.get("FUSED_LORA_CHECK_IDS") or "0"
 if _given not in ("0", "1"):
     raise ValueError(f"FUSED_LORA_CHECK_IDS must be 0 or 1: got {_given!r}")
 CHECK_IDS = _given == "1"

@@ -3,9 +3,7 @@ all at once or not at all."""
 
 from __future__ import annotations
 
-import re
 import sys
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +17,9 @@ from fused_lora.linear import FusedLoRALinear, is_conv1d
 from fused_lora.multi import MultiLoRALinear
 from fused_lora.quantized import QuantizedLoRALinear, quantization_of
 from fused_lora.targets import match_pattern, named
-from fused_lora.weight_readers import READERS, weights_read_in
+from fused_lora.weight_readers import read_by, weights_read_in
+from fused_lora.wrapped import below_ddp, clean_path, manager_of, require_module, unwrapped, warn
 
-# what torch.compile, activation checkpointing and FullyShardedDataParallel put into a path
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -31,8 +28,6 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
-
-
 _CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 _HEADS = ("score", "classifier")
 
@@ -43,11 +38,6 @@ class Place(NamedTuple):
     parent: nn.Module
     name: str
     path: str
-
-
-def require_module(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
 
 
 def require_names(label: str, names: object) -> None:
@@ -79,11 +69,6 @@ def pack_layers(model: nn.Module) -> dict[str, MultiLoRALinear]:
     }
 
 
-def clean_path(path: str) -> str:
-    """A path without what wrappers add to it."""
-    return _WRAPPERS.sub("", path).lstrip(".")
-
-
 def find_targets(
     model: nn.Module,
     target_modules: str | Sequence[str],
@@ -103,7 +88,7 @@ def find_targets(
         if any(named(excluded, path) for path in paths):
             continue
         if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
-            if module not in last and _is_linear(module):
+            if module not in last and _is_linear(module) and not _is_read(where):
                 found.append(paths[0])
         elif any(named(target_modules, path) for path in paths):
             found.append(paths[0])
@@ -124,11 +109,23 @@ def find_targets(
 def _last_modules(model: nn.Module) -> set[nn.Module]:
     """What "all-linear" leaves out, as PEFT does: the output layer of a transformers model, and the
     head of a classifier, which is trained whole since it starts from random values."""
-    embeddings = getattr(model, "get_output_embeddings", None)
-    output = embeddings() if callable(embeddings) else None
-    if output is None and type(model).__name__.endswith(_CLASSIFIERS):
-        output = next((head for name in _HEADS if (head := getattr(model, name, None))), None)
+    output = output_layer(model) or new_head(model)
     return set(output.modules()) if output is not None else set()
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The output layer of a transformers model."""
+    embeddings = getattr(unwrapped(model), "get_output_embeddings", None)
+    return embeddings() if callable(embeddings) else None
+
+
+def new_head(model: nn.Module) -> nn.Module | None:
+    """The head of a transformers classifier, which starts from random values."""
+    model = unwrapped(model)
+    if not type(model).__name__.endswith(_CLASSIFIERS):
+        return None
+    heads = (getattr(model, name, None) for name in _HEADS)
+    return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
 def checked_targets(
@@ -148,10 +145,9 @@ def checked_targets(
         paths = [place.path for where in module_places(model).values() for place in where]
         idle = [name for name in names if not any(named([name], path) for path in paths)]
         if idle:
-            warnings.warn(
+            warn(
                 f"{label} has {some(idle)}, which no module of {type(model).__name__} is called "
-                "(the experts of a mixture are often one tensor)",
-                stacklevel=4,
+                "(the experts of a mixture are often one tensor)"
             )
     for kind in ("rank_pattern", "alpha_pattern"):
         patterns = getattr(config, kind)
@@ -163,14 +159,12 @@ def checked_targets(
             raise ValueError(
                 f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
             )
-    embeddings = getattr(model, "get_output_embeddings", None)
-    output = embeddings() if callable(embeddings) else None
-    for path in targets if output is not None else ():
-        if model.get_submodule(path) is output:
-            warnings.warn(
-                f"{path} is the output layer: losses that read its weight, as TRL's and Liger's "
-                "do, leave its adapter out and never train it",
-                stacklevel=4,
+    output = output_layer(model)
+    for where in [module_places(model)[output]] if output in module_places(model) else ():
+        if where[0].path in targets:
+            warn(
+                f"{where[0].path} is the output layer: losses that read its weight, as TRL's and "
+                "Liger's do, leave its adapter out and never train it"
             )
     for path in targets:
         check_adapter_options(
@@ -193,24 +187,23 @@ class Replacement:
     def __init__(
         self, model: nn.Module, options: Mapping[str, Mapping[str, Any]], *, packs: bool = False
     ) -> None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        self._places = module_places(model)
+        owners = {place.path: m for m, where in self._places.items() for place in where}
+        modules = {path: owners[path] for path in options}
+        if below_ddp(model).intersection(modules.values()):
             raise TypeError(
                 "DistributedDataParallel averages the gradients of the parameters that it was made "
                 "with: put the adapters into model.module, and wrap that anew"
             )
-        self._places = module_places(model)
-        owners = {place.path: m for m, where in self._places.items() for place in where}
-        modules = {path: owners[path] for path in options}
         for path, module in modules.items():
             reason = _why_not(module, self._places[module], owners, packs)
             if reason is not None:
                 raise TypeError(f"{path} ({type(module).__name__}) cannot take LoRA: {reason}")
         for parent, name, path in (place for m in modules.values() for place in self._places[m]):
             if name in weights_read_in(type(parent)):  # type: ignore[arg-type]
-                warnings.warn(
+                warn(
                     f"{type(parent).__name__} reads {name}.weight itself: where it does, the "
-                    f"adapter of {path} is left out",
-                    stacklevel=3,
+                    f"adapter of {path} is left out"
                 )
         self._modules = modules
         trained = {path: _requires_grad(module) for path, module in modules.items()}
@@ -250,6 +243,10 @@ def module_places(model: nn.Module) -> dict[nn.Module, list[Place]]:
     return places
 
 
+def _is_read(where: Sequence[Place]) -> bool:
+    return any(place.name in read_by(place.parent) for place in where)
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
@@ -264,7 +261,7 @@ def _why_not(
         return "it has a pack of adapters already; load_adapter() adds one to it"
     for parent, name, path in where:
         attention = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-        if attention or name in READERS.get(type(parent).__name__, ()):
+        if attention or name in read_by(parent):
             return (
                 f"{type(parent).__name__} reads {name}.weight itself and would leave the adapter "
                 "out; name it in exclude_modules"
@@ -274,9 +271,9 @@ def _why_not(
         above = [path.rsplit(".", n)[0] for n in range(1, path.count(".") + 1)]
         if peft is not None and any(isinstance(owners[p], peft.BaseTunerLayer) for p in above):
             return "it is part of a PEFT layer; use fused_lora.integrations.peft for PEFT models"
-    managed = getattr(module, "_is_fsdp_managed_module", False)
-    if managed or hasattr(getattr(module, "weight", None), "ds_id"):
-        return "FSDP or DeepSpeed holds its parameters already; give the model its adapters before"
+    manager = manager_of(module, getattr(module, "weight", None))
+    if manager is not None:
+        return f"{manager} holds its parameters already; give the model its adapters before"
     if quantization_of(module) is not None:
         if packs:
             return (

@@ -7,7 +7,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from typing import TypeGuard
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -37,62 +37,92 @@ READERS = {
     "SparseAutoEncoder": ("encoder",),
 }
 """{class: names of its linear layers}, which are refused."""
+_LIBRARIES = ("transformers", "diffusers", "sentence_transformers")
 # these read one in a mode that is not the usual one, which is worth no warning
 _SELDOM = {"BloomAttention", "BloomMLP", "DisentangledSelfAttention", "LSHSelfAttention"}
-_FACTS = {"dtype", "device", "shape", "ndim", "is_cuda", "requires_grad", "size", "dim", "numel"}
+_FACTS = {"dtype", "device", "shape", "ndim", "is_cuda", "is_meta", "requires_grad", "size", "dim"}
+_FACTS |= {"numel", "stride", "get_device", "is_floating_point", "element_size", "is_quantized"}
+_ASK = {"isinstance", "hasattr", "getattr", "type", "id"}
+_LIKE = {"to", "type_as"}  # x.to(weight) takes its dtype and device
+
+
+def read_by(parent: nn.Module) -> tuple[str, ...]:
+    """Names of the layers in `parent` whose weight it reads itself, as far as is known for sure."""
+    cls = type(parent)
+    ours = str(cls.__module__).startswith(_LIBRARIES)
+    return READERS.get(cls.__name__, ()) if ours else ()
 
 
 @functools.cache
 def weights_read_in(cls: type[nn.Module]) -> frozenset[str]:
     """The names in `self.<name>.weight` that forward of `cls`, or a method that it calls, uses for
     more than a dtype or a shape; none where there is no source to read."""
-    names: set[str] = set()
-    if cls.__module__.startswith("torch.nn.") or cls.__name__ in _SELDOM:
+    if str(cls.__module__).startswith("torch.nn.") or cls.__name__ in _SELDOM:
         return frozenset()
-    seen, todo = set(), ["forward"]
+    names: set[str] = set()
+    seen: set[tuple[int, str]] = set()
+    todo = [(0, "forward")]  # where in the order of base classes a method is looked for
     while todo:
-        method = todo.pop()
-        seen.add(method)
-        function = inspect.unwrap(getattr(cls, method, None) or _missing)
-        if getattr(nn.Module, method, None) is function:
+        start, method = todo.pop()
+        if (start, method) in seen:
             continue
+        seen.add((start, method))
+        found = _function(cls, start, method)
+        if found is None:
+            continue
+        index, function = found
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
+            tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        except Exception:  # no source, or somebody's own idea of a function
             continue
-        reads, calls = _uses(tree)
-        names |= reads
-        todo += sorted(calls - seen)
+        uses = _uses(tree)
+        names |= uses.reads
+        todo += [(0, name) for name in uses.calls] + [(index + 1, name) for name in uses.supers]
     return frozenset(names)
 
 
-def _missing() -> None:
-    pass
+def _function(cls: type, start: int, name: str) -> tuple[int, Any] | None:
+    """(index in cls.__mro__, function) of a method that a class below nn.Module defines."""
+    for index, base in enumerate(cls.__mro__):
+        if base is nn.Module:
+            return None
+        if index >= start and name in vars(base):
+            return index, vars(base)[name]
+    return None
 
 
-def _uses(tree: ast.AST) -> tuple[set[str], set[str]]:
-    """(names whose weight is read, methods that are called) on self."""
-    reads, calls, facts = set(), set(), set()
+class _Uses(NamedTuple):
+    """Names whose weight is read, and methods that are called, on self and on super()."""
+
+    reads: set[str]
+    calls: set[str]
+    supers: set[str]
+
+
+def _uses(tree: ast.AST) -> _Uses:
+    uses, facts = _Uses(set(), set(), set()), set()
     for node in ast.walk(tree):  # from the outside in: what is done with a weight comes first
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
-            facts.update(node.args)
-        elif isinstance(node, ast.Call):
-            calls.add(_name_on_self(node.func))
-        elif isinstance(node, ast.Attribute) and node.attr in _FACTS:
-            facts.add(node.value)
-        elif _is_read(node) and node not in facts:
-            reads.add(_name_on_self(node.value))
-    return reads - {""}, calls - {""}
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", "") or getattr(node.func, "attr", "")
+            if name in (_LIKE if isinstance(node.func, ast.Attribute) else _ASK):
+                facts.update(node.args)
+            uses.calls.add(_name_on(node.func, "self"))
+            uses.supers.add(_name_on(node.func, "super"))
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+            facts.add(node.left)
+        elif isinstance(node, ast.Attribute):
+            if node.attr in _FACTS or (node.attr == "data" and node in facts):
+                facts.add(node.value)
+            elif node.attr == "weight" and node not in facts and isinstance(node.ctx, ast.Load):
+                uses.reads.add(_name_on(node.value, "self"))
+    for names in uses:
+        names.discard("")
+    return uses
 
 
-def _is_read(node: ast.AST) -> TypeGuard[ast.Attribute]:
+def _name_on(node: ast.AST, owner: str) -> str:
+    """The name in `self.<name>` or `super().<name>`, "" for anything else."""
     if not isinstance(node, ast.Attribute):
-        return False
-    return node.attr == "weight" and isinstance(node.ctx, ast.Load)
-
-
-def _name_on_self(node: ast.AST) -> str:
-    """The name in `self.<name>`, "" for anything else."""
-    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-        return node.attr if node.value.id == "self" else ""
-    return ""
+        return ""
+    holder = node.value.func if isinstance(node.value, ast.Call) else node.value
+    return node.attr if getattr(holder, "id", None) == owner else ""

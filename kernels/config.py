@@ -27,7 +27,7 @@ TUNED = Path(__file__).parent / "tuned"
 #   single    one launch of the pointer matmul, S recomputed in every tile
 #   decode    one launch for few tokens, K split over programs
 PATHS = ("hopper", "pdl", "portable", "single", "decode")
-FORCED: str | Product = os.environ.get("FUSED_LORA_PATH", "auto")
+FORCED: str | Product = os.environ.get("FUSED_LORA_PATH") or "auto"
 """What `choose_product` is to answer: "auto", by the tables and the rules; a path, wherever it can
 run; or, for the benchmarks, this very plan."""
 if FORCED not in ("auto", *PATHS):

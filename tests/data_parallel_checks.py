@@ -1,7 +1,9 @@
 """What test_distributed asks of every rank under DDP and FSDP: the numbers of one process."""
 
 import copy
+import tempfile
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,8 +23,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fused_lora import FusedLoRALinear, explain
-from fused_lora.places import clean_path
+from fused_lora import (
+    FusedLoRALinear,
+    apply_lora,
+    explain,
+    load_adapter,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    save_adapter,
+)
+from fused_lora.wrapped import clean_path
 
 K, N, TOKENS, STEPS = 12, 22, 8, 3
 FULL = StateDictOptions(full_state_dict=True)
@@ -147,6 +157,51 @@ def ddp_accumulates_gradients_without_synchronising():
     for x, target in zip(xs, targets, strict=True):
         F.mse_loss(alone(x), target).backward()
     assert_close(grads(model), grads(alone))
+
+
+def ddp_does_not_miss_parameters():
+    """It averages the gradients of the parameters that it was made with."""
+    plain = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K))
+    with pytest.raises(TypeError, match=r"put the adapters into model.module, and wrap that anew"):
+        apply_lora(DistributedDataParallel(plain), r=2, lora_alpha=2)
+    parallel = DistributedDataParallel(apply_lora(plain, r=3, lora_alpha=3))
+    known = [id(p) for p in parallel.module.parameters()]
+    state = lora_state_dict(parallel)
+    assert list(state) == ["0.lora_A", "0.lora_B", "1.lora_A", "1.lora_B"]
+    with tempfile.TemporaryDirectory() as folder:
+        for r in (3, 2):
+            other = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K))
+            other = apply_lora(other, r=r, lora_alpha=r, init_lora_weights=False)
+            save_adapter(other, f"{folder}/{r}")
+        before = {name: value.clone() for name, value in state.items()}
+        with pytest.raises(RuntimeError, match="load an adapter of another rank, or a first one,"):
+            load_adapter(parallel, f"{folder}/2")
+        assert_close(lora_state_dict(parallel), before)
+        bare = DistributedDataParallel(nn.Sequential(nn.Linear(K, N), nn.Linear(N, K)))
+        with pytest.raises(RuntimeError, match="load an adapter of another rank, or a first one,"):
+            load_adapter(bare, f"{folder}/3")
+        load_adapter(parallel, f"{folder}/3")
+    assert known == [id(p) for p in parallel.module.parameters()]
+    assert not torch.equal(lora_state_dict(parallel)["0.lora_A"], before["0.lora_A"])
+
+
+def ddp_around_a_part_counts_for_that_part():
+    part = nn.Sequential(nn.Linear(K, N), nn.Linear(N, K))
+    model = nn.ModuleDict({"inside": DistributedDataParallel(part), "beside": nn.Linear(K, N)})
+    for each in (model, torch.compile(model["inside"], backend="eager")):
+        with pytest.raises(TypeError, match=r"put the adapters into model.module"):
+            apply_lora(each, r=2, lora_alpha=2)
+    apply_lora(model, r=2, lora_alpha=2, target_modules=["beside"])
+    twin = apply_lora(nn.ModuleDict({"beside": nn.Linear(K, N)}), r=3, lora_alpha=3)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(twin, folder)
+        load_adapter(model, folder)
+    part.requires_grad_(False)
+    part[0].weight.requires_grad_()
+    model["inside"] = DistributedDataParallel(part)
+    with pytest.raises(RuntimeError, match="mark the model before it is wrapped"):
+        mark_only_lora_as_trainable(model, modules_to_save=["module.1"])
+    assert part[0].weight.requires_grad and not part[1].weight.requires_grad
 
 
 def shard(model, *, leaves=False, **options):
@@ -275,6 +330,8 @@ def fsdp1_recomputes_checkpointed_blocks_with_their_masks():
 TWO_RANKS = [
     ddp_gives_the_losses_and_gradients_of_one_process,
     ddp_accumulates_gradients_without_synchronising,
+    ddp_does_not_miss_parameters,
+    ddp_around_a_part_counts_for_that_part,
     fsdp_gives_the_losses_and_gradients_of_one_process,
     fsdp_recomputes_checkpointed_blocks_with_their_masks,
     fsdp_mixed_precision_computes_in_bf16_and_reduces_in_fp32,

@@ -34,6 +34,7 @@ from fused_lora import (
     add_adapter,
     apply_lora,
     delete_adapter,
+    disable_adapters,
     load_adapter,
     lora_state_dict,
     merge_adapter,
@@ -184,6 +185,32 @@ def fsdp1_saves_what_it_has_gathered():
             merge()
 
 
+def what_fsdp_holds_beside_the_adapters_is_not_saved_in_parts_or_put_back():
+    with tempfile.TemporaryDirectory() as folder:
+        alone = twins()[0]
+        save_adapter(alone, folder, bias="all", modules_to_save=["head"])
+        for fsdp1 in (True, False):
+            model = load_adapter(Model(dtype=torch.float64), folder)
+            whole_head = model.head.weight.detach().clone()
+            options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+            if fsdp1:
+                model.head = FullyShardedDataParallel(model.head, **options)
+            else:
+                fully_shard(model.head)
+            for call, words in (
+                (lambda m=model: save_adapter(m, f"{folder}/no"), "is sharded: save inside of"),
+                (lambda m=model: load_adapter(m, folder), "load an adapter before the model is"),
+                (lambda m=model: disable_adapters(m).__enter__(), "cannot be put in its place"),
+            ):
+                with pytest.raises(RuntimeError, match=words):
+                    call()
+            if fsdp1:
+                with FullyShardedDataParallel.summon_full_params(model.head):
+                    save_adapter(model, f"{folder}/yes")
+                again = load_adapter(Model(dtype=torch.float64), f"{folder}/yes")
+                torch.testing.assert_close(again.head.weight.detach(), whole_head)
+
+
 def fsdp_keeps_the_very_layers_it_was_given():
     for put_around in (shard, wrap):
         merged = twins()[0].requires_grad_(False)
@@ -281,6 +308,7 @@ TWO_RANKS = [
     fsdp_leaves_merged_layers_merged,
     adapters_of_sharded_layers_are_not_exchanged,
     fsdp1_saves_what_it_has_gathered,
+    what_fsdp_holds_beside_the_adapters_is_not_saved_in_parts_or_put_back,
     fsdp_keeps_the_very_layers_it_was_given,
     packs_of_sharded_layers_are_not_changed,
     a_split_layer_merges_and_unmerges_in_shards,

@@ -114,3 +114,24 @@ def test_a_file_that_is_loaded_in_inference_mode_can_be_trained_beside(tmp_path)
         x = ROWS.clone().requires_grad_()
         output(model, x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_what_others_do_to_the_parameters_does_not_lose_the_base(tmp_path):
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model = load_adapter(lora_net(), saved_net(tmp_path / "a", 5, **ALL))
+    accelerate.cpu_offload(model["head"], torch.device("cpu"))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    model.load_state_dict(model.state_dict(), assign=True)
+    with fused_lora.disable_adapters(model):
+        assert torch.equal(output(model, ROWS), output(net(), ROWS))
+
+
+def test_a_copy_that_is_made_while_the_extras_are_away_can_be_used(tmp_path):
+    folder = saved_net(tmp_path / "a", 5, **ALL)
+    model = load_adapter(lora_net(), folder)
+    with fused_lora.disable_adapters(model):
+        copied = copy.deepcopy(model)
+    assert torch.equal(output(copied, ROWS), output(net(), ROWS))
+    save_adapter(copied, tmp_path / "b")
+    load_adapter(copied, folder)
+    fused_lora.unload(copied)

@@ -110,7 +110,7 @@ def test_what_deepspeed_has_sharded_is_neither_read_nor_exchanged(tmp_path):
             call()
     plain = nn.Sequential(nn.Linear(4, 4))
     plain[0].weight.ds_id = 1
-    with pytest.raises(TypeError, match="DeepSpeed holds its parameters already"):
+    with pytest.raises(TypeError, match="ZeRO-3 holds its parameters already"):
         fused_lora.apply_lora(plain, r=2, lora_alpha=2)
 
 

@@ -191,7 +191,7 @@ REFUSED = {
     ),
     "beside a kernel": (
         mamba,
-        {},
+        {"target_modules": ["in_proj", "x_proj"]},
         *(TypeError, "mixer.x_proj", "MambaMixer reads x_proj.weight itself", "exclude_modules"),
     ),
     "twice": (make, {"target_modules": ["q"]}, TypeError, "is a LoRA layer already", "unload()"),

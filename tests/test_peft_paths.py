@@ -181,14 +181,12 @@ def test_a_base_that_computes_in_a_narrower_dtype_does_not_narrow_the_adapter(dt
     assert expected.isfinite().all() and torch.equal(layer(x), expected)
 
 
-def test_a_forward_that_is_replaced_after_patch_is_not_said_to_be_fused():
+def test_a_forward_that_is_replaced_after_patch_is_pointed_out():
     model = adapted()
     fused.patch(model)
     lora_layer(model).forward = lambda x: x
-    assert "its forward was replaced on the instance" in fused.explain(model).splitlines()[0]
-    assert fused.patch(model).left == {
-        "base_model.model.first": "its forward was replaced on the instance"
-    }
+    words = "calls go through a forward of the instance, which may not hand on"
+    assert [words in line for line in fused.explain(model).splitlines()] == [True, False]
 
 
 @pytest.mark.parametrize(("unit", "path"), [("block", "full"), ("leaf", "peft")])
@@ -228,12 +226,12 @@ def test_the_report_says_what_was_fused_and_what_was_not():
     assert report.fused == ("base_model.model.first",)
     assert report.left == {
         "base_model.model.embedding": "lora.Embedding has no fused class",
-        "base_model.model.replaced": "its forward was replaced on the instance",
+        "base_model.model.replaced": "its forward was replaced on the instance before patch",
     }
     assert str(report).splitlines() == [
         "fused-lora: 1 of 3 LoRA layers patched",
         "  1 left to PEFT: lora.Embedding has no fused class",
-        "  1 left to PEFT: its forward was replaced on the instance",
+        "  1 left to PEFT: its forward was replaced on the instance before patch",
     ]
     assert fused.patch(model).fused == report.fused
 

@@ -235,7 +235,7 @@ def explain(model: nn.Module, x: Tensor | None = None) -> str:
     """
     lines = []
     for name, layer in _lora_layers(model):
-        if type(layer) in _PLAIN and not _replaced(layer):
+        if type(layer) in _PLAIN:
             lines.append(f"{name or 'layer'}: {_explain_layer(layer, x)}")
         else:
             why = _why_left(layer) or "not patched, call patch(model)"
@@ -269,7 +269,10 @@ def _explain_layer(layer: Any, x: Tensor | None) -> str:
         if lora_A.dtype != dtype:
             text += f", {_name(lora_A.dtype)} adapters rounded to it (compute_dtype='base')"
     calls = ", ".join(f"{count} {path} ({why})" for (path, why), count in state.calls.items())
-    return text + (f"; so far {calls}" if calls else "; not called yet")
+    text += f"; so far {calls}" if calls else "; not called yet"
+    if "forward" in layer.__dict__:
+        text += ", calls go through a forward of the instance, which may not hand on to this one"
+    return text
 
 
 def _route(
@@ -458,16 +461,9 @@ def _why_left(layer: nn.Module) -> str | None:
     fused = _fused_class(layer)
     if fused is None and type(layer) not in _PLAIN:
         return f"lora.{type(layer).__name__} has no fused class"
-    if _replaced(layer):
-        return "its forward was replaced on the instance"
+    if "forward" in layer.__dict__ and fused is not None:
+        return "its forward was replaced on the instance before patch"
     return None
-
-
-def _replaced(layer: nn.Module) -> bool:
-    """Whether calls no longer reach the class's forward; accelerate's wrapper, put around a patched
-    layer, hands on to it."""
-    hands_on = type(layer) in _PLAIN and "_old_forward" in layer.__dict__
-    return "forward" in layer.__dict__ and not hands_on
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
