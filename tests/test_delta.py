@@ -107,6 +107,21 @@ def test_in_place_returns_the_very_tensor_with_the_same_values(backend, leading,
     assert same._version > version
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_base_output_of_any_strides_is_taken(backend, device):
+    case = testing.make_case(12, 48, 64, 8, torch.float32, device=device)
+    flat = torch.randn(12, 48, device=device)
+    expected = lora_delta(flat, case.x, case.lora_A, case.lora_B, backend=backend)
+    turned = flat.view(3, 4, 48).transpose(0, 1).contiguous().transpose(0, 1)
+    for given in (flat.t().contiguous().t(), flat.repeat_interleave(2, 1)[:, ::2], turned):
+        x, kept = case.x.view(*given.shape[:-1], 64), given.clone()
+        out = lora_delta(given, x, case.lora_A, case.lora_B, backend=backend)
+        assert torch.equal(out.reshape(12, 48), expected) and torch.equal(given, kept)
+    transposed = torch.empty_strided((12, 48), (1, 12), device=device)
+    with pytest.raises(ValueError, match="is not contiguous"):
+        lora_delta(transposed, case.x, case.lora_A, case.lora_B, in_place=True)
+
+
 def test_in_place_is_refused_where_x_would_be_written_over():
     h, lora_A, lora_B = torch.randn(7, 48), torch.randn(8, 48), torch.randn(48, 8)
     for x in (h, h.view(7, 48)):
@@ -246,6 +261,9 @@ def test_it_compiles_without_a_graph_break(device):
         ({"x": torch.randn(6, 64)}, ValueError, "same leading dimensions"),
         ({"x": torch.ones(7, 64, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
         ({"lora_B": torch.randn(48, 4)}, ValueError, r"lora_A \[r, K\], lora_B \[N, r\]"),
+        ({"lora_B": torch.randn(48, 8, 1)}, ValueError, r"lora_A \[r, K\], lora_B \[N, r\]"),
+        ({"lora_A": torch.ones(0, 64), "lora_B": torch.ones(48, 0)}, ValueError, "with r >= 1"),
+        ({"x": torch.tensor(1.0), "base_output": torch.randn(48)}, ValueError, "expected base_out"),
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\): got 1.0"),
         ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, aten"),
         ({"scaling": torch.ones(2)}, ValueError, "scaling must be a number or a 0-dim tensor"),

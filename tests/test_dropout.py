@@ -4,9 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from shapes import BF16, DTYPES, FP16, FP32, PATHS, force_path
+from shapes import BF16, DTYPES, FP16, FP32, PATHS, Output, force_path
 
 from fused_lora import FusedLoRALinear, dropout, lora_linear, reference
+from fused_lora.kernels import config
 from fused_lora.testing import check, eager_gradients, exact_gradients, gradients, make_case
 
 kernels = pytest.mark.kernels
@@ -102,6 +103,44 @@ def test_what_is_kept_is_scaled_by_the_probability_with_which_it_is_kept(p):
     kept = 1 - dropout.threshold(p) / 65536
     assert dropout.keep_scale(p) * kept == pytest.approx(1.0, rel=1e-12)
     assert abs(mask.mean().item() - kept) <= five_deviations(mask.numel(), 1 - kept)
+
+
+def test_the_threshold_is_rounded_and_leaves_something(device):
+    assert [dropout.threshold(p) for p in (0.3, 0.1, 0.0, 1 - 2**-18)] == [19661, 6554, 0, 65535]
+    seeds = [dropout.draw_seed(torch.device(device)).item() for _ in range(100)]
+    assert min(seeds) < 0 < 2**32 < max(seeds)
+
+
+@kernels
+def test_a_mask_of_whole_words_keeps_its_rim(device):
+    """32 divides its columns, the tile does not."""
+    from fused_lora.kernels.shrink import shrink
+
+    M, K, r, p = 33, 96, 3, 0.3
+    case, seed = make_case(M, 8, K, r, FP32, device=device), torch.tensor(5, device=device)
+    S = Output(M, 16, FP32, device)
+    bits = Output(M, dropout.packed_columns(K), torch.uint8, device)
+    drawn = {"seed": seed, "threshold": dropout.threshold(p), "mask": bits.matrix}
+    shrink(case.x, case.lora_A, S.matrix, config.Shrink(16, 64, 4, 2), 2, **drawn)
+    assert torch.equal(dropout.unpack(bits.matrix, K), dropout.keep_mask(seed, M, K, p))
+    bits.assert_rim_untouched()
+
+
+@kernels
+def test_a_half_that_is_the_threshold_is_kept(device):
+    """In each of the eight columns of a call, by a threshold that is one of the very halves."""
+    from fused_lora.kernels.shrink import shrink
+
+    M, K, seed = 16, 16, torch.tensor(77, device=device)
+    words = torch.stack(dropout._philox(seed, 0, M, K // 8), -1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1).flatten(1)[:, :K]
+    case, S = make_case(M, 8, K, 3, FP32, device=device), torch.empty(M, 16, device=device)
+    for column in range(8):
+        limit = int(halves[0, column])
+        bits = torch.empty(M, dropout.packed_columns(K), dtype=torch.uint8, device=device)
+        drawn = {"seed": seed, "threshold": limit, "mask": bits}
+        shrink(case.x, case.lora_A, S, config.Shrink(16, 16, 4, 2), 1, **drawn)
+        assert torch.equal(dropout.unpack(bits, K), halves >= limit), column
 
 
 @pytest.mark.parametrize("p", P)

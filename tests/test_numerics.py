@@ -115,8 +115,9 @@ def test_no_error_beyond_eagers_without_the_floor(path, dtype, force, device):
 def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, device):
     taken = [path] if path == "aten" else force(path)
     layer = ATEN if path == "aten" else TRITON
-    for r in (3, 16):
-        case = make_case(33, 56, 72, r, base, adapter_dtype=FP32, device=device)
+    split = 33 if path == "decode" else 130  # tokens over several programs of rank_grad
+    for M, r in ((33, 3), (split, 16)):
+        case = make_case(M, 56, 72, r, base, adapter_dtype=FP32, device=device)
         assert violations_of(layer, case) == []
         ours = results(layer, case)
         assert {name: t.dtype for name, t in ours.items()} == {
@@ -131,6 +132,11 @@ def test_fp32_adapters_on_a_16_bit_base_get_fp32_gradients(path, base, force, de
             if path != "aten":  # straight from the accumulator, not rounded to the base's dtype
                 assert not torch.equal(ours[name], ours[name].to(base).float())
     assert set(taken) == {path}
+
+
+def test_the_gradient_of_a_narrow_factor_is_contiguous(device):
+    case = make_case(130, 48, 64, 8, FP32, device=device)  # more tokens than columns
+    assert results(ATEN, case)["lora_B"].is_contiguous()
 
 
 @kernels
@@ -264,6 +270,22 @@ def test_what_a_hook_lays_out_anew_for_backward_is_read_right(path, force, devic
     with torch.autograd.graph.saved_tensors_hooks(transposed, lambda t: t):
         ours = results(ATEN if path == "aten" else TRITON, case)
     assert violations(ours, case) == []
+
+
+@kernels
+def test_a_mask_of_strided_columns_is_read_right(device):
+    case = make_case(33, 50, 100, 5, FP32, device=device)
+    tensors = [t.requires_grad_() for t in (case.x, case.weight, case.lora_A, case.lora_B)]
+
+    def apart(t):
+        return t.repeat_interleave(2, 1)[:, ::2] if t.dtype == torch.uint8 else t
+
+    grads = []
+    for pack in (apart, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = TRITON(*tensors, dropout_p=0.5, seed=torch.tensor(3, device=device))
+        grads.append(torch.autograd.grad(y, tensors, case.dy))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 @kernels
