@@ -84,7 +84,8 @@ def apply_lora(
             a string is a regular expression for the whole path; "all-linear" is every linear layer
             but the output layer (`model.get_output_embeddings()`) or, of a model for sequence or
             token classification, the head (`score` or `classifier`), which
-            `mark_only_lora_as_trainable` trains whole.
+            `mark_only_lora_as_trainable` trains whole, and those that are known to have their
+            weight read past their forward.
         exclude_modules: a list or a regular expression of the same kind; wins over target_modules.
         rank_pattern, alpha_pattern: {name or regular expression: r or lora_alpha} for single
             layers, matched against the end of the path as PEFT does.
