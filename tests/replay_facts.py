@@ -7,6 +7,7 @@ process of its own: that library has to be in place before Triton is imported.
 """
 
 import ctypes
+import gc
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ M, N, K, R = 256, 512, 384, 16
 SEVERAL, SHARED_STORAGE = "several adapters", "two inputs share an address"
 TWO_TAPES = (SEVERAL, SHARED_STORAGE)
 MAPS = "tensor maps made again, by number of layers"
+KEPT = "tensors that tapes keep"
 
 
 class Launch(ctypes.Structure):
@@ -163,6 +165,27 @@ def encodings_of_later_rounds(layers):
     return len(encoded)
 
 
+def tensors_kept():
+    """{path: how many tensors the tapes of a forward and a backward keep alive}."""
+    import torch
+
+    from fused_lora.kernels import config, tape
+
+    def alive():
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    kept = {}
+    for path in ("portable", "portable", "pdl", "hopper", "decode"):  # the first time to warm up
+        config.FORCED = path
+        tape.forget()
+        before = alive()
+        both(*make_inputs(16 if path == "decode" else 256))
+        kept[path] = alive() - before
+        assert tape._tapes
+    return kept
+
+
 def kernel_parameters(launch):
     """How many parameters the kernel itself takes, without scratch memory."""
     kinds = launch.compiled.src.signature.values()
@@ -176,6 +199,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         stub = host_time.build_stub(Path(folder))
         host_time.use_stub()
+        kept = tensors_kept()
         found = {name: facts(stub, *case) for name, case in cases().items()}
         found[MAPS] = {layers: encodings_of_later_rounds(layers) for layers in (1, 100)}
+        found[KEPT] = kept
         print(json.dumps(found))

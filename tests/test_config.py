@@ -210,6 +210,15 @@ def test_a_forced_path_is_taken_where_it_can_run():
     assert choose(H100, 8192, 4096, 4096, 128, forced=plan) is plan
 
 
+def test_a_shrink_on_few_idle_sms_has_a_program_for_each_block_of_ranks():
+    for M in (16, 32, 65, 130):
+        for columns in range(1, 140):
+            for r in (256, 384, 512, 1024):
+                for changes in ({}, {"followed": True}, {"drawn": True}):
+                    plan = choose(H100, M, columns * 256, 8192, r, **changes)
+                    assert plan.shrink is None or plan.shrink_programs >= 1, (M, columns, r)
+
+
 def test_rank_grad_runs_behind_dx_only_where_dx_lets_it():
     assert config.rank_grad_behind(choose(H100, 8192, 4096, 4096, 16))
     assert not config.rank_grad_behind(choose(B200, 8192, 4096, 4096, 16))

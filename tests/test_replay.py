@@ -60,6 +60,10 @@ def test_the_layers_of_a_deep_model_keep_their_tensor_maps(facts):
     assert facts[replay_facts.MAPS] == {"1": 0, "100": 0}
 
 
+def test_tapes_hold_addresses_and_no_tensors(facts):
+    assert facts[replay_facts.KEPT] == dict.fromkeys(("portable", "pdl", "hopper", "decode"), 0)
+
+
 def test_where_all_places_are_taken_the_oldest_makes_room():
     from fused_lora.kernels import tape
 
