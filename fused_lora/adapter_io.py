@@ -139,12 +139,11 @@ def _load_into_packs(
     directory: str | os.PathLike[str],
     name: str | None,
 ) -> None:
-    folder = adapter_folder(directory, name)
-    if not folder.is_dir():
+    named = folder = adapter_folder(directory, name)
+    if not named.is_dir():
         folder = Path(directory)
         if not (folder / CONFIG_FILE).is_file():
-            missing = adapter_folder(directory, name)
-            raise FileNotFoundError(f"neither {missing} nor {folder} holds an adapter")
+            raise FileNotFoundError(f"neither {named} nor {folder} holds an adapter")
     adapter = read_adapter(folder)
     require_same_embeddings(model, adapter)
     put_adapter(packs, name or "default", adapter.for_packs("layers with a pack", packs))

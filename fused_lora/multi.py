@@ -19,6 +19,7 @@ from fused_lora.autograd import ANOTHER_BLOCK
 from fused_lora.functional import autocasted, check_tensors, checked_options, run
 from fused_lora.layer import check_adapter_options, is_size, plain
 from fused_lora.linear import is_conv1d, require_plain
+from fused_lora.wrapped import require_module
 
 
 def multi_lora_linear(
@@ -365,8 +366,7 @@ def use_adapters(
     if not is_size(num_beams) or (num_beams > 1 and cu_tokens is not None):
         reason = "1 with cu_tokens" if is_size(num_beams) else "an integer of at least 1"
         raise ValueError(f"num_beams must be {reason}: got {num_beams!r}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch.nn.Module")
+    require_module(model)
     layers = [module for module in model.modules() if isinstance(module, MultiLoRALinear)]
     if not layers:
         raise ValueError(f"{type(model).__name__} holds no MultiLoRALinear: nothing to choose for")

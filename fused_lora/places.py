@@ -138,11 +138,12 @@ def checked_targets(
             "'all-linear'"
         )
     targets = find_targets(model, config.target_modules, config.exclude_modules)
+    places = module_places(model)
+    paths = [place.path for where in places.values() for place in where]
     for label in ("target_modules", "exclude_modules"):
         names = getattr(config, label)
         if names is None or isinstance(names, str):
             continue
-        paths = [place.path for where in module_places(model).values() for place in where]
         idle = [name for name in names if not any(named([name], path) for path in paths)]
         if idle:
             warn(
@@ -160,12 +161,11 @@ def checked_targets(
                 f"{kind} has {unused!r}, which decides for no targeted layer: correct or remove it"
             )
     output = output_layer(model)
-    for where in [module_places(model)[output]] if output in module_places(model) else ():
-        if where[0].path in targets:
-            warn(
-                f"{where[0].path} is the output layer: losses that read its weight, as TRL's and "
-                "Liger's do, leave its adapter out and never train it"
-            )
+    if output in places and places[output][0].path in targets:
+        warn(
+            f"{places[output][0].path} is the output layer: losses that read its weight, as TRL's "
+            "and Liger's do, leave its adapter out and never train it"
+        )
     for path in targets:
         check_adapter_options(
             r=config.rank(path),
